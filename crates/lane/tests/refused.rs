@@ -1,0 +1,187 @@
+//! What the kernel refuses: io_uring, memory to pin. And what we refuse: going on after a dropped operation.
+//!
+//! Each test changes its own thread or a child process, never the others.
+#![allow(unsafe_code)] // seccomp, capabilities and limits have no safe calls
+#![allow(clippy::unwrap_used)] // a test
+
+use std::path::PathBuf;
+use std::rc::Rc;
+
+use lane::fs::{File, Open};
+use lane::net::Stream;
+use lane::{Buffer, DriverKind, Options, Segments, SegmentsMut};
+
+fn scratch(name: &str) -> PathBuf {
+    let path = std::env::temp_dir().join(format!("lane-refused-{}-{name}", std::process::id()));
+    let _ = std::fs::remove_file(&path);
+    path
+}
+
+/// Lets calls of this thread fail that a filter picks; the filter jumps over one statement for all others.
+fn refuse(mut filter: Vec<libc::sock_filter>, error: i32) {
+    filter.push(statement(libc::BPF_RET | libc::BPF_K, libc::SECCOMP_RET_ERRNO | error as u32, 0, 0));
+    filter.push(statement(libc::BPF_RET | libc::BPF_K, libc::SECCOMP_RET_ALLOW, 0, 0));
+    let program = libc::sock_fprog { len: filter.len() as u16, filter: filter.as_mut_ptr() };
+    // SAFETY: a valid program, which the kernel copies; both calls concern this thread only.
+    unsafe {
+        assert_eq!(libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), 0);
+        let set = libc::syscall(libc::SYS_seccomp, libc::SECCOMP_SET_MODE_FILTER, 0, &raw const program);
+        assert_eq!(set, 0, "{}", std::io::Error::last_os_error());
+    }
+}
+
+fn statement(code: u32, k: u32, jt: u8, jf: u8) -> libc::sock_filter {
+    libc::sock_filter { code: code as u16, jt, jf, k }
+}
+
+/// Loads a word of the call's description: 0 is its number, the low half of argument n lies at 16 + 8 n.
+fn load(at: u32) -> libc::sock_filter {
+    statement(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, at, 0, 0)
+}
+
+/// Goes on if the word is this, else jumps over so many statements.
+fn only(word: u32, otherwise: u8) -> libc::sock_filter {
+    statement(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, word, 0, otherwise)
+}
+
+/// Lets this thread's io_uring_setup fail with EPERM, as a container's seccomp profile does.
+fn forbid_io_uring() {
+    refuse(vec![load(0), only(libc::SYS_io_uring_setup as u32, 1)], libc::EPERM);
+}
+
+/// Lets each io_uring_enter of this thread fail that does not wait for anything, as for want of memory. Calls that
+/// wait are taken: in the kernel's own shortage too the next call may be.
+fn refuse_calls_that_do_not_wait(error: i32) {
+    let enter = libc::SYS_io_uring_enter as u32;
+    refuse(vec![load(0), only(enter, 3), load(16 + 8 * 2), only(0, 1)], error);
+}
+
+#[test]
+fn without_io_uring_threads_do_it() {
+    let path = scratch("seccomp");
+    let engine = std::thread::spawn(move || {
+        forbid_io_uring();
+        lane::block_on_with(Options { driver: DriverKind::Ring, ..Default::default() }, async {
+            let file =
+                File::open(&path, &Open { create_bytes: Some(8192), ..Default::default() }).await.unwrap();
+            let mut place = Buffer::for_overwrite(8192);
+            file.read_at(0, &SegmentsMut::new(&mut place)).await.unwrap();
+            assert!(place.iter().all(|b| *b == 0));
+            std::fs::remove_file(&path).unwrap();
+            lane::in_use().engine
+        })
+    });
+    assert_eq!(engine.join().unwrap(), "threads");
+}
+
+/// Runs one test of this file in a child process with `name` set in its environment.
+fn in_child(test: &str, name: &str) -> std::process::Output {
+    let mut child = std::process::Command::new(std::env::current_exe().unwrap());
+    child.args(["--exact", test, "--nocapture", "--test-threads=1"]).env(name, "1").output().unwrap()
+}
+
+#[test]
+fn without_memory_to_pin_buffers_are_plain() {
+    if std::env::var_os("LANE_TEST_MEMLOCK").is_none() {
+        let output = in_child("without_memory_to_pin_buffers_are_plain", "LANE_TEST_MEMLOCK");
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        return;
+    }
+    std::thread::spawn(|| {
+        let limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+        let header = [0x2008_0522u32, 0]; // _LINUX_CAPABILITY_VERSION_3, this thread
+        let none = [0u32; 6];
+        // SAFETY: valid structures; the capabilities are those of this thread, the limit is that of this child.
+        unsafe {
+            assert_eq!(libc::setrlimit(libc::RLIMIT_MEMLOCK, &limit), 0);
+            assert_eq!(libc::syscall(libc::SYS_capset, header.as_ptr(), none.as_ptr()), 0);
+        }
+        let path = std::env::temp_dir().join(format!("lane-memlock-{}", std::process::id()));
+        lane::block_on_with(Options { driver: DriverKind::Ring, ..Default::default() }, async {
+            let file =
+                File::open(&path, &Open { create_bytes: Some(8192), ..Default::default() }).await.unwrap();
+            let mut place = Buffer::for_overwrite(8192);
+            file.read_at(0, &SegmentsMut::new(&mut place)).await.unwrap();
+            assert!(!lane::in_use().registered);
+        });
+        std::fs::remove_file(path).unwrap();
+    })
+    .join()
+    .unwrap();
+}
+
+#[test]
+fn an_operation_dropped_under_way_aborts() {
+    if std::env::var_os("LANE_TEST_DROP").is_none() {
+        let output = in_child("an_operation_dropped_under_way_aborts", "LANE_TEST_DROP");
+        use std::os::unix::process::ExitStatusExt;
+        assert_eq!(output.status.signal(), Some(libc::SIGABRT), "{output:?}");
+        assert!(String::from_utf8_lossy(&output.stderr).contains("dropped while it was under way"));
+        return;
+    }
+    let path = scratch("drop");
+    lane::block_on(async {
+        let file = File::open(&path, &Open { create_bytes: Some(8192), ..Default::default() }).await.unwrap();
+        std::fs::remove_file(&path).unwrap();
+        let mut place = Buffer::zeroed(8192);
+        let place = SegmentsMut::new(&mut place);
+        let mut reading = Box::pin(file.read_at(0, &place));
+        std::future::poll_fn(|cx| {
+            assert!(reading.as_mut().poll(cx).is_pending());
+            std::task::Poll::Ready(())
+        })
+        .await;
+        drop(reading);
+    });
+}
+
+/// What the kernel does not take at once waits for the next call: also while the lane waits for a socket itself, where
+/// nobody would make one.
+#[test]
+fn operations_that_the_kernel_refuses_at_first_are_not_forgotten() {
+    for error in [libc::EAGAIN, libc::EBUSY] {
+        let path = scratch(&format!("refused{error}"));
+        let (tell, told) = std::sync::mpsc::channel();
+        std::thread::spawn(move || {
+            lane::block_on_with(Options { driver: DriverKind::Ring, ..Default::default() }, async {
+                let how = Open { create_bytes: Some(8192), ..Default::default() };
+                let file = Rc::new(File::open(&path, &how).await.unwrap());
+                std::fs::remove_file(&path).unwrap();
+                if lane::in_use().engine != "io_uring" {
+                    assert!(std::env::var_os("CI").is_none(), "SKIPPED in CI: no io_uring");
+                    return eprintln!("SKIPPED: no io_uring");
+                }
+                // One operation at a time: the lane becomes calm, and waits for sockets itself.
+                for _ in 0..100 {
+                    file.sync_data().await.unwrap();
+                }
+                let (near, far) = Stream::pair().unwrap();
+                let waiting = lane::spawn(async move {
+                    let mut byte = [0; 1];
+                    near.recv_all(&SegmentsMut::new(&mut byte)).await.unwrap();
+                    byte
+                });
+                lane::yield_now().await;
+                refuse_calls_that_do_not_wait(error);
+                for _ in 0..20 {
+                    file.sync_data().await.unwrap();
+                }
+                // More at once than the queue has room for.
+                let many: Vec<_> = (0..600)
+                    .map(|_| {
+                        let file = Rc::clone(&file);
+                        lane::spawn(async move { file.sync_data().await })
+                    })
+                    .collect();
+                for one in many {
+                    one.await.unwrap();
+                }
+                far.send_all(&Segments::new(&[7])).await.unwrap();
+                assert_eq!(waiting.await, [7]);
+            });
+            tell.send(()).unwrap();
+        });
+        let ended = told.recv_timeout(std::time::Duration::from_secs(120));
+        assert!(ended.is_ok(), "error {error}: an operation never came to the kernel, or it failed");
+    }
+}
