@@ -1,0 +1,122 @@
+//! The load, and what is measured of it.
+
+use std::rc::Rc;
+use std::time::{Duration, Instant};
+
+use block::{Buffer, Disk, Safe, Sector, Segments, SegmentsMut};
+
+const BLOCK: usize = 4096;
+
+/// One measured window.
+#[derive(Copy, Clone, Default)]
+pub struct Window {
+    pub per_second: f64,
+    pub cpu_micros: f64,
+    pub p99_micros: f64,
+}
+
+/// What is done: by how many at a time, and for how long.
+#[derive(Copy, Clone)]
+pub struct Load {
+    pub writes: bool,
+    pub depth: u64,
+    pub seconds: f64,
+}
+
+fn cpu() -> Duration {
+    let time = rustix::time::clock_gettime(rustix::time::ClockId::ProcessCPUTime);
+    Duration::new(time.tv_sec as u64, time.tv_nsec as u32)
+}
+
+/// Operations of 4 KiB at places that `pick` draws.
+pub async fn window(
+    disk: &Rc<dyn Disk>,
+    load: Load,
+    pick: Rc<dyn Fn(&mut fastrand::Rng) -> Sector>,
+) -> Window {
+    let (began, cpu_before) = (Instant::now(), cpu());
+    let end = began + Duration::from_secs_f64(load.seconds);
+    let workers: Vec<_> = (0..load.depth)
+        .map(|worker| {
+            let (disk, pick) = (Rc::clone(disk), Rc::clone(&pick));
+            lane::spawn(async move {
+                let mut random = fastrand::Rng::with_seed(worker + began.elapsed().as_nanos() as u64);
+                let mut buffer = Buffer::zeroed(BLOCK);
+                buffer.fill(worker as u8 + 1);
+                let mut times = Vec::new();
+                loop {
+                    let start = Instant::now();
+                    if start >= end {
+                        return times;
+                    }
+                    let at = pick(&mut random);
+                    let done = match load.writes {
+                        true => disk.write(at, &Segments::new(&buffer), Safe::AtNextFlush).await,
+                        false => disk.read(at, &SegmentsMut::new(&mut buffer)).await,
+                    };
+                    done.expect("the medium of a benchmark works");
+                    times.push(start.elapsed().as_nanos() as u32);
+                }
+            })
+        })
+        .collect();
+    let mut times = Vec::new();
+    for worker in workers {
+        times.extend(worker.await);
+    }
+    times.sort_unstable();
+    let count = times.len().max(1);
+    Window {
+        per_second: count as f64 / began.elapsed().as_secs_f64(),
+        cpu_micros: (cpu() - cpu_before).as_secs_f64() * 1e6 / count as f64,
+        p99_micros: f64::from(times.get(count * 99 / 100).copied().unwrap_or(0)) / 1e3,
+    }
+}
+
+/// Random blocks of the first `sectors`.
+pub fn anywhere(sectors: u64) -> Rc<dyn Fn(&mut fastrand::Rng) -> Sector> {
+    Rc::new(move |random| Sector(random.u64(0..sectors / 8) * 8))
+}
+
+/// Keeps the best of each figure.
+pub fn better(best: &mut Window, new: Window) {
+    if new.per_second > best.per_second {
+        best.per_second = new.per_second;
+    }
+    if best.cpu_micros == 0.0 || new.cpu_micros < best.cpu_micros {
+        best.cpu_micros = new.cpu_micros;
+    }
+    if best.p99_micros == 0.0 || new.p99_micros < best.p99_micros {
+        best.p99_micros = new.p99_micros;
+    }
+}
+
+/// Writes everything once, in pieces of 1 MiB.
+pub async fn fill(disk: &dyn Disk) {
+    let mut buffer = Buffer::zeroed(1 << 20);
+    buffer.fill(0x5a);
+    let sectors = disk.shape().sectors;
+    for at in (0..sectors).step_by(2048) {
+        let data = Segments::new(&buffer[..((sectors - at).min(2048) * 512) as usize]);
+        disk.write(Sector(at), &data, Safe::AtNextFlush).await.expect("filling works");
+    }
+    disk.flush().await.expect("a flush works");
+}
+
+/// Prints a window, with its ratios to another one.
+pub fn row(name: &str, this: Window, to: Window) {
+    println!(
+        "{name:<34} {:>9.0}/s ({:.2})  cpu {:>6.2} us ({:.2})  p99 {:>7.0} us",
+        this.per_second,
+        this.per_second / to.per_second,
+        this.cpu_micros,
+        this.cpu_micros / to.cpu_micros,
+        this.p99_micros
+    );
+}
+
+/// Median and largest of some times.
+pub fn middle_and_worst(mut times: Vec<Duration>) -> (Duration, Duration) {
+    times.sort_unstable();
+    (times[times.len() / 2], times[times.len() - 1])
+}
