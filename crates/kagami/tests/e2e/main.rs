@@ -1,0 +1,16 @@
+//! What a user has, end to end: the program as it is called, and the daemon behind it. One program for all, so that it is
+//! linked once.
+#![allow(clippy::unwrap_used)] // a test fails by panicking
+
+#[path = "../common/mod.rs"]
+mod common;
+
+mod commands;
+mod faults;
+mod iscsi;
+mod mappings;
+mod rest;
+mod restores;
+mod resume;
+mod service;
+mod together;
