@@ -251,7 +251,8 @@ impl Store {
             });
         }
         let disks = vm.disks();
-        view.held_seconds = disks.iter().map(|d| d.disk.held_in_all()).sum::<std::time::Duration>().as_secs_f64();
+        view.held_seconds =
+            disks.iter().map(|d| d.disk.held_in_all()).sum::<std::time::Duration>().as_secs_f64();
         let states = [
             (!troubles.is_empty(), "disk missing"),
             (view.disks.iter().any(|d| d.held.is_some()), "held: no room"),
