@@ -42,7 +42,7 @@ impl LogicalUnit {
         let (lba, wanted) = (cdb.lba(), cdb.blocks() * 512);
         let room = (call.into.len() as u64).min(wanted) as usize;
         let whole = room - room % 512;
-        let _locked = self.locks.shared(Sector(lba), wanted / 512).await;
+        let _locked = self.lock_shared(call, cdb, lba, wanted / 512).await?;
         let result = if whole == call.into.len() {
             self.disk.read(Sector(lba), call.into).await
         } else {
@@ -77,7 +77,7 @@ impl LogicalUnit {
 
     /// WRITE.
     pub(crate) async fn write(&self, call: &Call<'_>, cdb: &Cdb) -> Result<Answer, Fail> {
-        let _locked = self.locks.shared(Sector(cdb.lba()), cdb.blocks()).await;
+        let _locked = self.lock_shared(call, cdb, cdb.lba(), cdb.blocks()).await?;
         self.write_blocks(call, cdb, self.safety(cdb.fua())).await?;
         Ok(Answer::Good)
     }
@@ -99,14 +99,14 @@ impl LogicalUnit {
         if call.from.len() as u64 != cdb.blocks() * 512 {
             return Err(too_little_data());
         }
-        let _locked = self.locks.alone(Sector(cdb.lba()), cdb.blocks()).await;
+        let _locked = self.lock_alone(call, cdb).await?;
         self.write_blocks(call, cdb, self.safety(cdb.fua())).await?;
         Ok(Answer::Good)
     }
 
     /// WRITE AND VERIFY: to the medium, and read back; with BYTCHK compared.
     pub(crate) async fn write_and_verify(&self, call: &Call<'_>, cdb: &Cdb) -> Result<Answer, Fail> {
-        let _locked = self.locks.shared(Sector(cdb.lba()), cdb.blocks()).await;
+        let _locked = self.lock_shared(call, cdb, cdb.lba(), cdb.blocks()).await?;
         let written = self.write_blocks(call, cdb, Safe::OnReturn).await?;
         let data = (cdb.bytchk() == 1).then_some(call.from);
         self.check_medium(call, cdb.lba(), written, |at, found| {
@@ -123,7 +123,7 @@ impl LogicalUnit {
         if (call.from.len() as u64) < needed {
             return Err(too_little_data());
         }
-        let _locked = self.locks.shared(Sector(cdb.lba()), cdb.blocks()).await;
+        let _locked = self.lock_shared(call, cdb, cdb.lba(), cdb.blocks()).await?;
         match cdb.bytchk() {
             0 => self.check_medium(call, cdb.lba(), bytes, |_, _| true).await?,
             1 => {
@@ -176,9 +176,11 @@ impl LogicalUnit {
             return Ok(Answer::Good);
         }
         let at = Sector(cdb.lba());
-        let _locked = self.locks.alone(at, cdb.blocks()).await;
-        let (expected, new) = (call.from.slice(0, half), call.from.slice(half, half));
-        let done = self.disk.compare_and_write(at, &expected, &new).await;
+        let _locked = self.lock_alone(call, cdb).await?;
+        // A copy: a guest may still change what lies in its memory, and what is compared and written must be one thing.
+        let data = call.from.to_vec();
+        let (expected, new) = data.split_at(half);
+        let done = self.disk.compare_and_write(at, &Segments::new(expected), &Segments::new(new)).await;
         done.map_err(|e| from_disk(&e, at.0, true))?;
         if self.safety(cdb.fua()) == Safe::OnReturn {
             self.disk.flush().await.map_err(|e| from_disk(&e, at.0, true))?;
@@ -196,11 +198,12 @@ impl LogicalUnit {
             return Ok(Answer::Good);
         }
         let at = Sector(cdb.lba());
-        let _locked = self.locks.alone(at, cdb.blocks()).await;
+        let _locked = self.lock_alone(call, cdb).await?;
         let mut buffer = Buffer::for_overwrite(bytes);
         let read = self.disk.read(at, &SegmentsMut::new(&mut buffer)).await;
         read.map_err(|e| from_disk(&e, at.0, false))?;
         let mut offset = 0;
+        // Every byte is read once; a guest that changes it meanwhile changes what is written, and no more.
         call.from.each(|piece| {
             let place = &mut buffer[offset..offset + piece.len()];
             place.iter_mut().zip(piece).for_each(|(old, new)| *old |= new);
@@ -249,7 +252,7 @@ impl LogicalUnit {
             call.from.copy_to(0, &mut block);
         }
         let (lba, blocks) = (cdb.lba(), self.write_same_blocks(cdb));
-        let _locked = self.locks.shared(Sector(lba), blocks).await;
+        let _locked = self.lock_shared(call, cdb, lba, blocks).await?;
         if block == [0; 512] {
             let may_free = cdb.byte(1) & 0x08 != 0;
             let zeroed = self.disk.zero(Sector(lba), blocks, may_free).await;

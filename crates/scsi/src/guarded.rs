@@ -57,8 +57,8 @@ impl Disk for Guarded {
 
     fn read<'a>(&'a self, at: Sector, into: &'a SegmentsMut<'a>) -> Io<'a> {
         Box::pin(async move {
-            self.admit(false)?;
             let _locked = self.unit.locks.shared(at, into.len() as u64 / 512).await;
+            self.admit(false)?;
             self.unit.disk.read(at, into).await
         })
     }

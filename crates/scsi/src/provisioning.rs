@@ -22,7 +22,7 @@ impl LogicalUnit {
         let list = call.from.to_vec();
         let ranges = self.unmap_ranges(said, &list)?;
         for (lba, count) in ranges {
-            let _locked = self.locks.shared(Sector(lba), count).await;
+            let _locked = self.lock_shared(call, cdb, lba, count).await?;
             self.disk.unmap(Sector(lba), count).await.map_err(|e| from_disk(&e, lba, true))?;
         }
         if !self.modes.get().write_cache {

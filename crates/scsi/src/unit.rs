@@ -3,7 +3,7 @@
 use std::cell::{Cell, RefCell};
 use std::rc::{Rc, Weak};
 
-use block::{Disk, Io, RangeLock};
+use block::{Disk, Io, Locked, RangeLock, Sector};
 use lane::sync::Turn;
 
 use crate::command::{Offered, Planned, PlannedCdb, allocation};
@@ -237,6 +237,25 @@ impl LogicalUnit {
                 _ => conflict,
             },
         }
+    }
+
+    /// Locks a range for a command, together with others. Then reservations are looked at once more: what queued up behind
+    /// another command must not reach the disk of who has fenced its sender meanwhile.
+    pub(crate) async fn lock_shared(
+        &self,
+        call: &Call<'_>,
+        cdb: &Cdb,
+        lba: u64,
+        blocks: u64,
+    ) -> Result<Locked, Fail> {
+        let locked = self.locks.shared(Sector(lba), blocks).await;
+        self.admit(call.seat, cdb).map(|()| locked)
+    }
+
+    /// The same, for a command that must be alone in its range.
+    pub(crate) async fn lock_alone(&self, call: &Call<'_>, cdb: &Cdb) -> Result<Locked, Fail> {
+        let locked = self.locks.alone(Sector(cdb.lba()), cdb.blocks()).await;
+        self.admit(call.seat, cdb).map(|()| locked)
     }
 
     /// What the command moves, and every check of its fields that needs no data.
