@@ -12,8 +12,9 @@ use crate::lun::{Call, ScsiLun};
 use crate::nexus::Seat;
 use crate::opcode::Cdb;
 use crate::pr::Access;
-use crate::reply::{Answer, Fail};
+use crate::reply::{Answer, Fail, Status};
 use crate::sense::{Key, Sense, asc};
+use crate::task::{Attribute, Place};
 use crate::unit::{Barrier, LogicalUnit};
 
 /// Most CSCD descriptors of one copy.
@@ -28,6 +29,9 @@ const DESCRIPTORS_BYTES_MAX: usize = TARGETS_MAX * TARGET_BYTES + SEGMENTS_MAX *
 pub(crate) const LIST_BYTES_MAX: u64 = 64 << 10;
 /// Bytes copied at a time.
 const CHUNK_BYTES: u64 = 1 << 20;
+/// Tag of a copy in the task set of a logical unit that it writes to without having been sent there: no initiator's.
+const VISITOR_TAG: u64 = u64::MAX;
+const CONFLICT: Fail = Fail::Plain(Status::ReservationConflict);
 /// Copies whose end is remembered.
 const REMEMBERED_MAX: usize = 64;
 
@@ -66,6 +70,24 @@ impl Copies {
     fn note(&self, number: u64, change: impl FnOnce(&mut Record)) {
         if let Some(record) = self.records.borrow_mut().iter_mut().find(|r| r.number == number) {
             change(record);
+        }
+    }
+}
+
+/// A logical unit that is copied from or to, and the nexus' seat there.
+#[derive(Copy, Clone)]
+struct End<'a> {
+    unit: &'a LogicalUnit,
+    seat: &'a Rc<Seat>,
+}
+
+impl End<'_> {
+    /// Reservations let the nexus read (or write) here (SPC-4 5.17.3).
+    fn admit(self, writing: bool) -> Result<(), Fail> {
+        match self.unit.barrier(self.seat) {
+            Barrier::Persistent(Access::All) => Ok(()),
+            Barrier::Persistent(Access::Reading) if !writing => Ok(()),
+            Barrier::Persistent(_) | Barrier::Reserved => Err(CONFLICT),
         }
     }
 }
@@ -164,15 +186,6 @@ impl LogicalUnit {
         }
     }
 
-    /// Reservations let the nexus read (or write) here (SPC-4 5.17.3).
-    fn lets(&self, seat: &Rc<Seat>, writing: bool) -> bool {
-        match self.barrier(seat) {
-            Barrier::Persistent(Access::All) => true,
-            Barrier::Persistent(Access::Reading) => !writing,
-            Barrier::Persistent(Access::Nothing) | Barrier::Reserved => false,
-        }
-    }
-
     /// EXTENDED COPY: checked as a whole, then segment by segment.
     pub(crate) async fn extended_copy(&self, call: &Call<'_>, cdb: &Cdb) -> Result<Answer, Fail> {
         let said = cdb.be32(10) as usize;
@@ -203,21 +216,28 @@ impl LogicalUnit {
         for (index, segment) in wanted.segments.iter().enumerate() {
             let pick = |index: usize, byte: u16| {
                 let (unit, seat) = units.get(index).ok_or(unreachable.with_segment_byte(byte))?;
-                Ok::<_, Sense>((unit.unit().ok_or(unreachable)?, seat))
+                Ok::<_, Sense>(End { unit: unit.unit().ok_or(unreachable)?, seat })
             };
-            let ((source, reader), (destination, writer)) =
-                (pick(segment.source, 4)?, pick(segment.destination, 6)?);
+            let (source, destination) = (pick(segment.source, 4)?, pick(segment.destination, 6)?);
             let outside =
                 |unit: &LogicalUnit, at: u64| check_range(unit.blocks(), Sector(at), segment.count).is_err();
-            if outside(source, segment.from) || outside(destination, segment.to) {
-                // Nothing fits better; which segment it is says the rest (SPC-4 6.4.6.3).
-                return Err(aborted(asc::NONE).with_command_specific(index as u64).into());
+            // Nothing fits better; which segment it is says the rest (SPC-4 6.4.6.3).
+            let failed = aborted(asc::NONE).with_command_specific(index as u64);
+            if outside(source.unit, segment.from) || outside(destination.unit, segment.to) {
+                return Err(failed.into());
             }
-            if !source.lets(reader, false) || !destination.lets(writer, true) {
-                return Err(Fail::Plain(crate::reply::Status::ReservationConflict));
+            // Who fences the nexus off at the destination waits for what is being written there, and ends the rest.
+            let visit = if std::ptr::eq(self, destination.unit) {
+                None
+            } else {
+                let tasks = &destination.unit.tasks;
+                let place = tasks.enter(destination.seat, VISITOR_TAG, Attribute::Simple);
+                Some(place.ok_or(Fail::Plain(Status::TaskSetFull))?)
+            };
+            self.copy_segment(call, source, destination, segment, number, visit.as_ref()).await?;
+            if visit.is_some_and(|place| place.is_aborted()) {
+                return Err(failed.into());
             }
-            destination.must_be_writable()?;
-            self.copy_segment(call, source, destination, segment, number).await?;
             self.copies.note(number, |r| r.segments += 1);
         }
         Ok(())
@@ -227,13 +247,17 @@ impl LogicalUnit {
     async fn copy_segment(
         &self,
         call: &Call<'_>,
-        source: &LogicalUnit,
-        destination: &LogicalUnit,
+        source: End<'_>,
+        destination: End<'_>,
         segment: &Segment,
         number: u64,
+        visit: Option<&Place>,
     ) -> Result<(), Fail> {
+        source.admit(false)?;
+        destination.admit(true)?;
+        destination.unit.must_be_writable()?;
         let chunk = CHUNK_BYTES / 512;
-        let backwards = std::ptr::eq(source, destination) && segment.from < segment.to;
+        let backwards = std::ptr::eq(source.unit, destination.unit) && segment.from < segment.to;
         let mut buffer = Buffer::for_overwrite((segment.count.min(chunk) * 512) as usize);
         let mut done = 0;
         while done < segment.count && !call.task.is_aborted() {
@@ -242,17 +266,25 @@ impl LogicalUnit {
             let (from, to) = (Sector(segment.from + offset), Sector(segment.to + offset));
             let bytes = &mut buffer[..(count * 512) as usize];
             {
-                let _locked = source.locks.shared(from, count).await;
-                let read = source.disk.read(from, &SegmentsMut::new(bytes)).await;
+                let _locked = source.unit.locks.shared(from, count).await;
+                source.admit(false)?;
+                let read = source.unit.disk.read(from, &SegmentsMut::new(bytes)).await;
                 read.map_err(|_| aborted(asc::UNRECOVERED_READ_ERROR).with_information(from.0))?;
             }
-            let safe = if destination.modes.get().write_cache { Safe::AtNextFlush } else { Safe::OnReturn };
-            let _locked = destination.locks.shared(to, count).await;
+            let unit = destination.unit;
+            let safe = if unit.modes.get().write_cache { Safe::AtNextFlush } else { Safe::OnReturn };
+            let _locked = unit.locks.shared(to, count).await;
+            // Reservations may have changed since the last piece: who was fenced off meanwhile copies no further.
+            destination.admit(true)?;
+            unit.must_be_writable()?;
+            if visit.is_some_and(Place::is_aborted) {
+                break;
+            }
             // What is zero takes no space at the other end either.
             let from = Segments::new(bytes);
             let written = match (from.is_zero(), safe) {
-                (true, Safe::AtNextFlush) => destination.disk.zero(to, count, true).await,
-                _ => destination.disk.write(to, &from, safe).await,
+                (true, Safe::AtNextFlush) => unit.disk.zero(to, count, true).await,
+                _ => unit.disk.write(to, &from, safe).await,
             };
             written.map_err(|_| aborted(asc::WRITE_ERROR).with_information(to.0))?;
             done += count;
