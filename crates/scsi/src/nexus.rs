@@ -11,7 +11,7 @@ use crate::command::{Command, Offered, absent, report_luns};
 use crate::lun::ScsiLun;
 use crate::pr::{Access, ItNexus};
 use crate::sense::asc;
-use crate::task::{Aborted, Attribute};
+use crate::task::{Aborted, Attribute, Hit};
 use crate::transport_id::TransportId;
 
 /// A target port.
@@ -67,7 +67,7 @@ impl LunMap {
         let Some(unit) = self.units.borrow_mut().remove(&number) else { return false };
         for nexus in self.living() {
             if let Some(seat) = nexus.seats.borrow_mut().remove(&number) {
-                unit.tasks().abort(|s, _| Rc::ptr_eq(s, &seat).then_some(Aborted::Silently));
+                all_of(&seat, &unit);
                 unit.leave(&seat);
             }
         }
@@ -330,32 +330,30 @@ impl Nexus {
 
     /// Task management. What it marks is marked when this returns; the future waits until the tasks have ended.
     pub fn manage(&self, lun: [u8; 8], function: Function) -> impl Future<Output = Response> + 'static {
-        let (response, units) = self.manage_now(lun, function);
+        let (response, hits) = self.manage_now(lun, function);
         async move {
-            for unit in units {
-                unit.tasks().aborted_have_ended(None).await;
-            }
+            have_ended(hits).await;
             response
         }
     }
 
-    fn manage_now(&self, lun: [u8; 8], function: Function) -> (Response, Vec<Rc<dyn ScsiLun>>) {
+    fn manage_now(&self, lun: [u8; 8], function: Function) -> (Response, Hits) {
         match function {
             Function::ItNexusReset => {
-                let seats = self.reached();
-                for (seat, unit) in &seats {
-                    unit.tasks().abort(|s, _| Rc::ptr_eq(s, seat).then_some(Aborted::Silently));
-                    unit.leave(seat);
-                    unit.arrive(seat);
-                }
-                return (Response::Complete, seats.into_iter().map(|(_, u)| u).collect());
+                let hits = self.reached().into_iter().map(|(seat, unit)| {
+                    let hit = all_of(&seat, &unit);
+                    unit.leave(&seat);
+                    unit.arrive(&seat);
+                    (unit, hit)
+                });
+                return (Response::Complete, hits.collect());
             }
             Function::TargetWarmReset | Function::TargetColdReset => {
-                let seats = self.reached();
-                for (seat, unit) in &seats {
-                    reset(seat, unit);
-                }
-                return (Response::Complete, seats.into_iter().map(|(_, u)| u).collect());
+                let hits = self.reached().into_iter().map(|(seat, unit)| {
+                    let hit = reset(&seat, &unit);
+                    (unit, hit)
+                });
+                return (Response::Complete, hits.collect());
             }
             _ => {}
         }
@@ -369,28 +367,24 @@ impl Nexus {
             })
         };
         let yes_no = |yes| if yes { Response::Succeeded } else { Response::Complete };
-        let response = match function {
-            Function::AbortTask(tag) if own(Some(tag)).is_empty() => Response::NoSuchTask,
-            Function::AbortTask(_) => Response::Complete,
-            Function::AbortTaskSet => {
-                own(None);
-                Response::Complete
+        let (response, hit) = match function {
+            Function::AbortTask(tag) => {
+                let hit = own(Some(tag));
+                let none = hit.seats.is_empty();
+                (if none { Response::NoSuchTask } else { Response::Complete }, hit)
             }
-            Function::ClearTaskSet => {
-                clear(&seat, &unit);
-                Response::Complete
-            }
-            Function::LogicalUnitReset => {
-                reset(&seat, &unit);
-                Response::Complete
-            }
-            Function::QueryTask(tag) => yes_no(tasks.has(&seat, Some(tag))),
-            Function::QueryTaskSet => yes_no(tasks.has(&seat, None)),
-            Function::QueryAsynchronousEvent => yes_no(seat.has_attention()),
-            Function::ClearAca | Function::ItNexusReset => Response::NotSupported,
-            Function::TargetWarmReset | Function::TargetColdReset => Response::NotSupported,
+            Function::AbortTaskSet => (Response::Complete, own(None)),
+            Function::ClearTaskSet => (Response::Complete, clear(&seat, &unit)),
+            Function::LogicalUnitReset => (Response::Complete, reset(&seat, &unit)),
+            Function::QueryTask(tag) => (yes_no(tasks.has(&seat, Some(tag))), Hit::default()),
+            Function::QueryTaskSet => (yes_no(tasks.has(&seat, None)), Hit::default()),
+            Function::QueryAsynchronousEvent => (yes_no(seat.has_attention()), Hit::default()),
+            Function::ClearAca
+            | Function::ItNexusReset
+            | Function::TargetWarmReset
+            | Function::TargetColdReset => (Response::NotSupported, Hit::default()),
         };
-        (response, vec![unit])
+        (response, vec![(unit, hit)])
     }
 
     /// The nexus is lost: logged out, connection gone, guest reset. Its tasks are aborted without answer and its
@@ -399,19 +393,15 @@ impl Nexus {
     pub fn lost(&self) -> impl Future<Output = ()> + 'static {
         self.lost.set(true);
         let seats = std::mem::take(&mut *self.seats.borrow_mut());
-        let mut units = Vec::new();
+        let mut hits = Hits::new();
         for (number, seat) in seats {
             if let Some(unit) = self.luns.unit(number) {
-                unit.tasks().abort(|s, _| Rc::ptr_eq(s, &seat).then_some(Aborted::Silently));
+                let hit = all_of(&seat, &unit);
                 unit.leave(&seat);
-                units.push(unit);
+                hits.push((unit, hit));
             }
         }
-        async move {
-            for unit in units {
-                unit.tasks().aborted_have_ended(None).await;
-            }
-        }
+        have_ended(hits)
     }
 }
 
@@ -423,27 +413,43 @@ impl Drop for Nexus {
     }
 }
 
+/// What was aborted, and where.
+type Hits = Vec<(Rc<dyn ScsiLun>, Hit)>;
+
+async fn have_ended(hits: Hits) {
+    for (unit, hit) in hits {
+        unit.tasks().have_ended(&hit, None).await;
+    }
+}
+
+/// Every task of one nexus.
+fn all_of(seat: &Rc<Seat>, unit: &Rc<dyn ScsiLun>) -> Hit {
+    unit.tasks().abort(|s, _| Rc::ptr_eq(s, seat).then_some(Aborted::Silently))
+}
+
 /// CLEAR TASK SET: everybody's tasks; others learn of it (SAM-5 7.5).
-fn clear(seat: &Rc<Seat>, unit: &Rc<dyn ScsiLun>) {
+fn clear(seat: &Rc<Seat>, unit: &Rc<dyn ScsiLun>) -> Hit {
     let tells = unit.tells_aborted();
     let hit = unit.tasks().abort(|s, _| {
         let others = !Rc::ptr_eq(s, seat);
         Some(if others && tells { Aborted::WithStatus } else { Aborted::Silently })
     });
     if !tells {
-        for other in hit.iter().filter(|s| !Rc::ptr_eq(s, seat)) {
+        for other in hit.seats.iter().filter(|s| !Rc::ptr_eq(s, seat)) {
             other.attend(asc::COMMANDS_CLEARED_BY_ANOTHER);
         }
     }
+    hit
 }
 
 /// LOGICAL UNIT RESET (SAM-5 6.3.3): everybody's tasks, and everybody learns of it.
-fn reset(seat: &Rc<Seat>, unit: &Rc<dyn ScsiLun>) {
+fn reset(seat: &Rc<Seat>, unit: &Rc<dyn ScsiLun>) -> Hit {
     let tells = unit.tells_aborted();
-    unit.tasks().abort(|s, _| {
+    let hit = unit.tasks().abort(|s, _| {
         Some(if tells && !Rc::ptr_eq(s, seat) { Aborted::WithStatus } else { Aborted::Silently })
     });
     unit.reset();
+    hit
 }
 
 /// The number in an eight-byte LUN: peripheral device addressing of bus 0, or flat space addressing, on the first level

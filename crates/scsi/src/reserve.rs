@@ -32,6 +32,9 @@ impl LogicalUnit {
         let list = call.from.to_vec();
         let order = Order::parse(cdb.byte(1) & 0x1f, cdb.byte(2), cdb.be32(5), &list)?;
         let turn = self.keeping.take().await;
+        if call.task.is_aborted() {
+            return Ok(Answer::Good); // nobody is answered
+        }
         let ports: Vec<u16> = self.ports.borrow().iter().map(|p| p.relative).collect();
         let before = self.pr.borrow().clone();
         let effect = before.apply(&call.seat.it, &order, &ports).map_err(|refusal| match refusal {
@@ -53,8 +56,8 @@ impl LogicalUnit {
                 !Rc::ptr_eq(seat, call.seat) && effect.abort.iter().any(|nexus| self.is_of(seat, nexus))
             };
             let how = if self.modes.get().task_aborted { Aborted::WithStatus } else { Aborted::Silently };
-            self.tasks.abort(|seat, _| victims(seat).then_some(how));
-            self.tasks.aborted_have_ended(Some(call.task.task())).await;
+            let hit = self.tasks.abort(|seat, _| victims(seat).then_some(how));
+            self.tasks.have_ended(&hit, Some(call.task.task())).await;
         }
         Ok(Answer::Good)
     }

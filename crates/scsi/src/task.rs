@@ -50,6 +50,15 @@ pub struct Task {
     aborted: Cell<Option<Aborted>>,
 }
 
+/// What one abort is about: the tasks it marked, and those it would have marked had another one not done so before.
+#[derive(Default)]
+pub(crate) struct Hit {
+    /// Whose tasks were marked.
+    pub seats: Vec<Rc<Seat>>,
+    /// All of them, in order.
+    numbers: Vec<u64>,
+}
+
 /// All tasks of a logical unit.
 #[derive(Default)]
 pub struct TaskSet {
@@ -85,34 +94,33 @@ impl TaskSet {
         Some(Place { set: Rc::clone(self), slot, task })
     }
 
-    /// Marks the tasks that `which` (seat and tag) names; the answer is who was hit. A task that is marked already stays as it is.
-    pub(crate) fn abort(&self, mut which: impl FnMut(&Rc<Seat>, u64) -> Option<Aborted>) -> Vec<Rc<Seat>> {
-        let mut hit: Vec<Rc<Seat>> = Vec::new();
+    /// Marks the tasks that `which` (seat and tag) names. A task that is marked already stays as it is.
+    pub(crate) fn abort(&self, mut which: impl FnMut(&Rc<Seat>, u64) -> Option<Aborted>) -> Hit {
+        let mut hit = Hit::default();
         for (_, entry) in self.tasks.borrow().iter() {
-            if entry.task.aborted.get().is_some() {
-                continue;
-            }
-            if let Some(how) = which(&entry.seat, entry.task.tag) {
+            let Some(how) = which(&entry.seat, entry.task.tag) else { continue };
+            hit.numbers.push(entry.task.number);
+            if entry.task.aborted.get().is_none() {
                 entry.task.aborted.set(Some(how));
-                if !hit.iter().any(|s| Rc::ptr_eq(s, &entry.seat)) {
-                    hit.push(Rc::clone(&entry.seat));
+                if !hit.seats.iter().any(|s| Rc::ptr_eq(s, &entry.seat)) {
+                    hit.seats.push(Rc::clone(&entry.seat));
                 }
             }
         }
-        if !hit.is_empty() {
+        hit.numbers.sort_unstable();
+        if !hit.seats.is_empty() {
             self.changed.wake_all();
         }
         hit
     }
 
-    /// Waits until no aborted task is left, except the one that asks.
-    pub(crate) async fn aborted_have_ended(&self, except: Option<&Task>) {
-        let own = except.map(|t| t.number);
+    /// Waits until the tasks that an abort was about have ended. A task that waits here stops waiting when it is aborted
+    /// itself: its answer is dropped anyway, and two of them must not wait for each other.
+    pub(crate) async fn have_ended(&self, hit: &Hit, asking: Option<&Task>) {
         self.until(|| {
             let tasks = self.tasks.borrow();
-            let left =
-                tasks.iter().any(|(_, e)| e.task.aborted.get().is_some() && Some(e.task.number) != own);
-            (!left).then_some(())
+            let left = tasks.iter().any(|(_, e)| hit.numbers.binary_search(&e.task.number).is_ok());
+            (!left || asking.is_some_and(Task::is_aborted)).then_some(())
         })
         .await
     }

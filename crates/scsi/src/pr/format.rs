@@ -60,10 +60,21 @@ const _: () = assert!(size_of::<RawRegistrant>() == 16);
 #[derive(Copy, Clone, PartialEq, Eq, Debug, Default)]
 pub struct SavedModes(pub u8);
 
-/// A record that cannot be one of ours, or is damaged.
+/// A record that cannot be used.
 #[derive(Copy, Clone, PartialEq, Eq, Debug, thiserror::Error)]
-#[error("the record of reservations is damaged: {0}")]
-pub struct Corrupt(&'static str);
+pub enum Corrupt {
+    /// It is none of ours, or not whole.
+    #[error("the record of reservations is damaged: {0}")]
+    Damaged(&'static str),
+    /// A newer program wrote it.
+    #[error("the record of reservations has version {found}, this program knows versions up to {known}")]
+    Newer {
+        /// Its version.
+        found: u32,
+        /// The newest that is known here.
+        known: u32,
+    },
+}
 
 /// Everything that is kept.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
@@ -123,21 +134,24 @@ impl Kept {
             return Ok(Self { state: State { by_name, ..State::default() }, ..Self::default() });
         }
         if bytes.len() > RECORD_BYTES_MAX {
-            return Err(Corrupt("too long"));
+            return Err(Corrupt::Damaged("too long"));
         }
-        let (header, mut rest) = RawHeader::read_from_prefix(bytes).map_err(|_| Corrupt("too short"))?;
+        let (header, mut rest) =
+            RawHeader::read_from_prefix(bytes).map_err(|_| Corrupt::Damaged("too short"))?;
         if header.magic != MAGIC {
-            return Err(Corrupt("wrong magic"));
+            return Err(Corrupt::Damaged("wrong magic"));
         }
-        if header.version.get() != VERSION {
-            return Err(Corrupt("unknown version"));
+        match header.version.get() {
+            VERSION => {}
+            found if found > VERSION => return Err(Corrupt::Newer { found, known: VERSION }),
+            _ => return Err(Corrupt::Damaged("unknown version")),
         }
         if header.length.get() as usize != bytes.len() {
-            return Err(Corrupt("wrong length"));
+            return Err(Corrupt::Damaged("wrong length"));
         }
         let crc = crc32c::crc32c_append(crc32c::crc32c(&bytes[..12]), &[0; 4]);
         if crc32c::crc32c_append(crc, &bytes[16..]) != header.crc.get() {
-            return Err(Corrupt("wrong checksum"));
+            return Err(Corrupt::Damaged("wrong checksum"));
         }
         let mut state = State {
             generation: header.generation.get(),
@@ -149,16 +163,16 @@ impl Kept {
         for _ in 0..header.count.get() {
             let (registrant, holds, after) = registrant(rest)?;
             if state.registrants.iter().any(|r| r.nexus == registrant.nexus) {
-                return Err(Corrupt("a registration stands in it twice"));
+                return Err(Corrupt::Damaged("a registration stands in it twice"));
             }
             if holds && holder.replace(registrant.nexus.clone()).is_some() {
-                return Err(Corrupt("two holders"));
+                return Err(Corrupt::Damaged("two holders"));
             }
             state.registrants.push(registrant);
             rest = after;
         }
         if !rest.is_empty() || state.registrants.len() > REGISTRANTS_MAX {
-            return Err(Corrupt("wrong count"));
+            return Err(Corrupt::Damaged("wrong count"));
         }
         state.held = held(header.kind, holder, &state)?;
         if header.boot != boot.to_be_bytes() {
@@ -174,22 +188,22 @@ impl Kept {
 
 fn held(kind: u8, holder: Option<ItNexus>, state: &State) -> Result<Option<Held>, Corrupt> {
     if kind == 0 {
-        return if holder.is_none() { Ok(None) } else { Err(Corrupt("a holder of nothing")) };
+        return if holder.is_none() { Ok(None) } else { Err(Corrupt::Damaged("a holder of nothing")) };
     }
-    let kind = Kind::from_code(kind).ok_or(Corrupt("unknown type"))?;
+    let kind = Kind::from_code(kind).ok_or(Corrupt::Damaged("unknown type"))?;
     if kind.all_registrants() != holder.is_none() || state.registrants.is_empty() {
-        return Err(Corrupt("a reservation without holder"));
+        return Err(Corrupt::Damaged("a reservation without holder"));
     }
     Ok(Some(Held { kind, holder }))
 }
 
 fn registrant(bytes: &[u8]) -> Result<(Registrant, bool, &[u8]), Corrupt> {
-    let (raw, rest) = RawRegistrant::read_from_prefix(bytes).map_err(|_| Corrupt("cut off"))?;
+    let (raw, rest) = RawRegistrant::read_from_prefix(bytes).map_err(|_| Corrupt::Damaged("cut off"))?;
     let length = usize::from(raw.id_length.get());
-    let id = rest.get(..length).ok_or(Corrupt("cut off"))?;
-    let (initiator, used) = TransportId::parse(id).map_err(|_| Corrupt("not a TransportID"))?;
+    let id = rest.get(..length).ok_or(Corrupt::Damaged("cut off"))?;
+    let (initiator, used) = TransportId::parse(id).map_err(|_| Corrupt::Damaged("not a TransportID"))?;
     if used != length || raw.key.get() == 0 {
-        return Err(Corrupt("not a registration"));
+        return Err(Corrupt::Damaged("not a registration"));
     }
     let registrant = Registrant {
         nexus: ItNexus { initiator, port: raw.port.get() },
@@ -252,6 +266,17 @@ mod tests {
         let all = include_bytes!("../../../../fuzz/corpus/scsi_kept/all-registrants");
         let kept = Kept::decode(all, 1, false).unwrap();
         assert!(kept.state.held().is_some_and(|h| h.holder.is_none()) && kept.state.registrants[1].all_ports);
+    }
+
+    #[test]
+    fn a_newer_record_is_refused_naming_both_versions() {
+        let mut bytes = some().encode(7);
+        bytes[8..12].copy_from_slice(&2_u32.to_le_bytes());
+        let error = Kept::decode(&bytes, 7, false).unwrap_err();
+        assert_eq!(error, Corrupt::Newer { found: 2, known: 1 });
+        assert!(error.to_string().contains("version 2") && error.to_string().contains("up to 1"), "{error}");
+        bytes[8..12].copy_from_slice(&0_u32.to_le_bytes());
+        assert!(matches!(Kept::decode(&bytes, 7, false), Err(Corrupt::Damaged(_))));
     }
 
     #[test]

@@ -4,7 +4,7 @@ use super::admission::{keys, prout};
 use super::*;
 use crate::sense::asc;
 
-fn target_of(unit: &LogicalUnit) -> Vec<u8> {
+pub(super) fn target_of(unit: &LogicalUnit) -> Vec<u8> {
     let mut out = vec![0; 32];
     (out[0], out[4], out[5], out[7]) = (0xe4, 1, 3, 16);
     out[8..24].copy_from_slice(&unit.identity().naa);
@@ -12,7 +12,7 @@ fn target_of(unit: &LogicalUnit) -> Vec<u8> {
     out
 }
 
-fn segment(from: u16, to: u16, blocks: u16, at: u64, into: u64) -> Vec<u8> {
+pub(super) fn segment(from: u16, to: u16, blocks: u16, at: u64, into: u64) -> Vec<u8> {
     let mut out = vec![0x02, 0, 0, 24];
     out.extend(from.to_be_bytes());
     out.extend(to.to_be_bytes());
@@ -23,7 +23,7 @@ fn segment(from: u16, to: u16, blocks: u16, at: u64, into: u64) -> Vec<u8> {
     out
 }
 
-fn list(id: u8, targets: &[Vec<u8>], segments: &[Vec<u8>]) -> Vec<u8> {
+pub(super) fn list(id: u8, targets: &[Vec<u8>], segments: &[Vec<u8>]) -> Vec<u8> {
     let (targets, segments) = (targets.concat(), segments.concat());
     let mut out = vec![0; 16];
     out[0] = id;
@@ -32,7 +32,7 @@ fn list(id: u8, targets: &[Vec<u8>], segments: &[Vec<u8>]) -> Vec<u8> {
     [out, targets, segments].concat()
 }
 
-fn copy(length: usize) -> Vec<u8> {
+pub(super) fn copy(length: usize) -> Vec<u8> {
     let l = (length as u32).to_be_bytes();
     [vec![0x83, 0, 0, 0, 0, 0, 0, 0, 0, 0], l.to_vec(), vec![0, 0]].concat()
 }
@@ -43,9 +43,13 @@ fn receive(action: u8, id: u8) -> Vec<u8> {
 
 /// A second logical unit at LUN 1.
 fn second(bench: &Bench) -> Rc<LogicalUnit> {
+    second_over(bench, Rc::new(MemoryDisk::new(BLOCKS)))
+}
+
+/// The same over a disk of the caller's.
+pub(super) fn second_over(bench: &Bench, disk: Rc<dyn Disk>) -> Rc<LogicalUnit> {
     let identity = Identity::lun(Uuid::from_u128(2), [0x61; 16]);
     let keep = Rc::new(MemoryKeep::default());
-    let disk = Rc::new(MemoryDisk::new(BLOCKS));
     let unit = LogicalUnit::new(disk, identity, Settings::default(), keep, &[]).unwrap();
     bench.luns.add(1, Rc::clone(&unit) as _);
     unit

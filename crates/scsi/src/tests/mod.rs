@@ -6,6 +6,7 @@ mod basics;
 mod copying;
 mod crash;
 mod data;
+mod fencing;
 mod fuzzing;
 mod raw_mapping;
 mod reservations;
