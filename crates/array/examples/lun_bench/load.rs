@@ -78,17 +78,20 @@ pub fn anywhere(sectors: u64) -> Rc<dyn Fn(&mut fastrand::Rng) -> Sector> {
     Rc::new(move |random| Sector(random.u64(0..sectors / 8) * 8))
 }
 
-/// Keeps the best of each figure.
-pub fn better(best: &mut Window, new: Window) {
-    if new.per_second > best.per_second {
-        best.per_second = new.per_second;
-    }
-    if best.cpu_micros == 0.0 || new.cpu_micros < best.cpu_micros {
-        best.cpu_micros = new.cpu_micros;
-    }
-    if best.p99_micros == 0.0 || new.p99_micros < best.p99_micros {
-        best.p99_micros = new.p99_micros;
-    }
+/// The faster of two windows.
+pub fn better(a: Window, b: Window) -> Window {
+    if a.per_second < b.per_second { b } else { a }
+}
+
+pub fn median(list: impl Iterator<Item = f64>) -> f64 {
+    let mut list: Vec<f64> = list.collect();
+    list.sort_by(f64::total_cmp);
+    list[list.len() / 2]
+}
+
+/// Median over rounds of the ratio within a round.
+pub fn ratio(this: &[Window], to: &[Window], of: fn(&Window) -> f64) -> f64 {
+    median(this.iter().zip(to).map(|(this, to)| of(this) / of(to)))
 }
 
 /// Writes everything once, in pieces of 1 MiB.
@@ -103,16 +106,33 @@ pub async fn fill(disk: &dyn Disk) {
     disk.flush().await.expect("a flush works");
 }
 
-/// Prints a window, with its ratios to another one.
-pub fn row(name: &str, this: Window, to: Window) {
+pub fn per_second(window: &Window) -> f64 {
+    window.per_second
+}
+
+pub fn cpu_micros(window: &Window) -> f64 {
+    window.cpu_micros
+}
+
+pub fn p99_micros(window: &Window) -> f64 {
+    window.p99_micros
+}
+
+/// Prints the windows of a contender, one a round, with the ratios to those of another one.
+pub fn row(name: &str, this: &[Window], to: &[Window]) {
     println!(
-        "{name:<34} {:>9.0}/s ({:.2})  cpu {:>6.2} us ({:.2})  p99 {:>7.0} us",
-        this.per_second,
-        this.per_second / to.per_second,
-        this.cpu_micros,
-        this.cpu_micros / to.cpu_micros,
-        this.p99_micros
+        "{name:<34} {:>9.0}/s ({:.3})  cpu {:>6.2} us ({:.3})  p99 {:>7.0} us",
+        median(this.iter().map(per_second)),
+        ratio(this, to, per_second),
+        median(this.iter().map(cpu_micros)),
+        ratio(this, to, cpu_micros),
+        median(this.iter().map(p99_micros)),
     );
+}
+
+/// One figure for `bench/run`: what, value, goal such as ">= 0.90" or none, tabs between.
+pub fn figure(what: &str, value: f64, goal: &str) {
+    println!("{what}\t{value:.3}\t{goal}");
 }
 
 /// Median and largest of some times.

@@ -4,20 +4,25 @@
 //!   cargo run --release -p array --example lun_bench -- "$dir" [--size MIB] [--seconds S] [--rounds N] [--sparse] [PART...]
 //!
 //! Parts, all of them when none is named:
-//!   base      a LUN against the bare file, depth 32
+//!   base      a LUN against the bare file, depth 32: by a bare io_uring loop with registered buffers, and by our lane
 //!   depth     reads through 32 snapshots against none: blocks only in the lowest layer, and spread over all of them
 //!   cache     a map ten times larger than its cache, against one that fits
-//!   snapshot  writes in the first second after a snapshot, windows as in cow.py (depth 16), at 512 MiB and 2 GiB
+//!   snapshot  writes in the first second after a snapshot, windows as in cow.py (depth 16), at 512 MiB and 2 GiB; beside
+//!             it the same loop on a raw file of which XFS makes a reflink
 //!   mapped    time of a snapshot and a clone, with 1 GiB and with 10 TiB mapped, in order and scattered (simulated map)
 //!   group     how long a cut over 64 LUNs holds their writers
 //!
-//! The pool's medium is written once before, unless `--sparse`, and freed grains are not punched: what a file system
-//! takes to allocate is not the LUN's. Contenders alternate; the best round of each counts (`snapshot`: the median).
+//! The pool's medium is written once before, unless `--sparse`: what a file system takes to allocate is not the LUN's.
+//! Pools have the product's options. Contenders alternate; figures are medians over rounds, ratios medians of the
+//! ratios within a round.
 
+#[path = "../../../lane/examples/lane_bench/bare.rs"]
+mod bare;
 mod load;
 mod mapped;
 mod parts;
 mod simulated;
+mod snapshot;
 
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
@@ -89,7 +94,8 @@ async fn medium(path: &Path, mebibytes: u64) -> Rc<dyn Disk> {
     let _ = std::fs::remove_file(path);
     let disk = media::create(path, mebibytes << 11, media::Options::default()).await;
     let disk = disk.unwrap_or_else(|e| panic!("{e}"));
-    println!("{}: {}", path.display(), disk.in_use());
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    println!("in use: {name}: {}", disk.in_use());
     disk
 }
 
@@ -99,8 +105,8 @@ async fn new_lun(a: &Arguments, mebibytes: u64, room: u64) -> (Rc<Pool>, Rc<Lun>
     if !a.sparse {
         load::fill(&*medium).await;
     }
-    let options = Options { punch: false, ..Options::default() };
-    let pool = Pool::create(vec![medium], NewPool::new("bench"), options).await.expect("a pool is made");
+    let new = NewPool::new("bench");
+    let pool = Pool::create(vec![medium], new, Options::default()).await.expect("a pool is made");
     let lun = pool.create_lun(NewLun::new("lun", mebibytes << 11)).await.expect("a LUN is made");
     load::fill(&*lun).await;
     (pool, lun)
@@ -121,11 +127,11 @@ fn main() {
                 "base" => parts::base(&a).await,
                 "depth" => parts::depth(&a).await,
                 "cache" => parts::cache(&a).await,
-                "snapshot" => parts::snapshot(&a).await,
+                "snapshot" => snapshot::snapshot(&a).await,
                 "mapped" => mapped::mapped(&a).await,
                 _ => parts::group(&a).await,
             }
-            for file in ["bench.pool", "bench.raw"] {
+            for file in ["bench.pool", "bench.raw", "bench.clone"] {
                 let _ = std::fs::remove_file(a.directory.join(file));
             }
         }

@@ -7,13 +7,14 @@ use std::time::{Duration, Instant};
 use array::{Decider, Lun, NewLun, NewPool, Options, Pool};
 use block::{Buffer, Disk, Safe, Sector, Segments};
 
-use super::load::{Load, Window, anywhere, better, fill, row, window};
+use super::bare::{self, Bare};
+use super::load::{Load, Window, anywhere, cpu_micros, figure, fill, per_second, ratio, row, window};
 use super::{Arguments, medium, new_lun};
 
 /// Sectors of a grain.
 const GRAIN: u64 = 128;
 
-fn as_disk(lun: &Rc<Lun>) -> Rc<dyn Disk> {
+pub(crate) fn as_disk(lun: &Rc<Lun>) -> Rc<dyn Disk> {
     Rc::clone(lun) as Rc<dyn Disk>
 }
 
@@ -22,21 +23,42 @@ pub(crate) async fn base(a: &Arguments) {
     if !a.has_room("base", size + room) {
         return;
     }
-    let bare = medium(&a.directory.join("bench.raw"), size).await;
-    fill(&*bare).await;
+    let path = a.directory.join("bench.raw");
+    let file = medium(&path, size).await;
+    fill(&*file).await;
     let (_pool, lun) = new_lun(a, size, room).await;
+    println!("in use: bare: io_uring, direct, registered buffers");
     let (lun, sectors) = (as_disk(&lun), size << 11);
-    let mut best = [[Window::default(); 2]; 2];
-    for _ in 0..a.rounds {
-        for writes in [false, true] {
+    for (writes, kind) in [(false, "read"), (true, "write")] {
+        let mut seen: [Vec<Window>; 3] = Default::default();
+        for _ in 0..a.rounds {
             let load = Load { writes, depth: 32, seconds: a.seconds };
-            better(&mut best[0][usize::from(writes)], window(&bare, load, anywhere(sectors)).await);
-            better(&mut best[1][usize::from(writes)], window(&lun, load, anywhere(sectors)).await);
+            let loop_of_its_own = Bare {
+                path: &path,
+                bytes: size << 20,
+                writes,
+                fixed: true,
+                depth: 32,
+                time: Duration::from_secs_f64(a.seconds),
+            };
+            // It has the thread for itself: nothing else is at work on this lane.
+            let run = bare::run(&loop_of_its_own);
+            seen[0].push(Window { per_second: run.iops(), cpu_micros: run.cpu_us(), p99_micros: f64::NAN });
+            seen[1].push(window(&file, load, anywhere(sectors)).await);
+            seen[2].push(window(&lun, load, anywhere(sectors)).await);
         }
-    }
-    for (kind, name) in ["read", "write"].iter().enumerate() {
-        row(&format!("{name} bare file"), best[0][kind], best[0][kind]);
-        row(&format!("{name} LUN"), best[1][kind], best[0][kind]);
+        let [bare, file, lun] = &seen;
+        row(&format!("{kind} bare io_uring"), bare, bare);
+        row(&format!("{kind} file by our lane"), file, bare);
+        row(&format!("{kind} LUN"), lun, bare);
+        let what = format!("LUN, 4 KiB {kind} depth 32");
+        figure(
+            &format!("{what}, IOPS against the bare file by io_uring"),
+            ratio(lun, bare, per_second),
+            ">= 0.90",
+        );
+        figure(&format!("{what}, CPU per I/O against the same"), ratio(lun, bare, cpu_micros), "<= 1.30");
+        figure(&format!("{what}, IOPS against the file by our lane"), ratio(lun, file, per_second), "");
     }
 }
 
@@ -71,15 +93,19 @@ pub(crate) async fn depth(a: &Arguments) {
 }
 
 async fn compare(a: &Arguments, name: &str, flat: &Rc<dyn Disk>, deep: &Rc<dyn Disk>) {
-    let mut best = [Window::default(); 2];
+    let mut seen: [Vec<Window>; 2] = Default::default();
     let load = Load { writes: false, depth: 32, seconds: a.seconds };
     for _ in 0..a.rounds {
-        for (disk, best) in [flat, deep].into_iter().zip(&mut best) {
-            better(best, window(disk, load, anywhere(disk.shape().sectors)).await);
+        for (disk, seen) in [flat, deep].into_iter().zip(&mut seen) {
+            seen.push(window(disk, load, anywhere(disk.shape().sectors)).await);
         }
     }
-    row("read depth 0", best[0], best[0]);
-    row(&format!("read {name}"), best[1], best[0]);
+    let [flat, deep] = &seen;
+    row("read depth 0", flat, flat);
+    row(&format!("read {name}"), deep, flat);
+    let what = format!("read 32 snapshots deep, {name}");
+    figure(&format!("{what}, IOPS against depth 0"), ratio(deep, flat, per_second), ">= 0.90");
+    figure(&format!("{what}, CPU per I/O against depth 0"), ratio(deep, flat, cpu_micros), "<= 1.10");
 }
 
 /// A map ten times larger than the cache: a thin LUN with a grain under every page of its map.
@@ -93,7 +119,7 @@ pub(crate) async fn cache(a: &Arguments) {
     }
     let disk = medium(&a.directory.join("bench.pool"), room).await;
     fill(&*disk).await;
-    let mut best = [[Window::default(); 2]; 2];
+    let mut seen: [[Vec<Window>; 2]; 2] = Default::default();
     let new = NewPool::new("bench");
     let made = Pool::create(vec![Rc::clone(&disk)], new, Options::default()).await.expect("a pool is made");
     let lun = made.create_lun(NewLun::new("lun", LEAVES * COVERS)).await.expect("a LUN is made");
@@ -107,7 +133,7 @@ pub(crate) async fn cache(a: &Arguments) {
     drop((lun, made));
     for _ in 0..a.rounds {
         for (contender, pages) in [1 << 14, LEAVES as usize / 10].into_iter().enumerate() {
-            let options = Options { cache_pages: pages, punch: false, ..Options::default() };
+            let options = Options { cache_pages: pages, ..Options::default() };
             let pool = Pool::open(vec![Rc::clone(&disk)], options).await.expect("the pool opens");
             let lun = as_disk(&pool.lun("lun").expect("it is there"));
             let pick = Rc::new(|random: &mut fastrand::Rng| {
@@ -116,69 +142,22 @@ pub(crate) async fn cache(a: &Arguments) {
             for writes in [false, true] {
                 let load = Load { writes, depth: 32, seconds: a.seconds };
                 window(&lun, Load { seconds: a.seconds / 4.0, ..load }, pick.clone()).await; // warms the cache up
-                better(&mut best[contender][usize::from(writes)], window(&lun, load, pick.clone()).await);
+                seen[usize::from(writes)][contender].push(window(&lun, load, pick.clone()).await);
             }
             println!("cache of {} pages, {} in memory, map of {LEAVES}", pages, pool.info().cached_pages);
         }
     }
-    for (kind, name) in ["read", "write"].iter().enumerate() {
-        row(&format!("{name}, the map fits its cache"), best[0][kind], best[0][kind]);
-        row(&format!("{name}, the map is 10 caches"), best[1][kind], best[0][kind]);
+    for (name, [fits, large]) in ["read", "write"].iter().zip(&seen) {
+        row(&format!("{name}, the map fits its cache"), fits, fits);
+        row(&format!("{name}, the map is 10 caches"), large, fits);
+        let what = format!("4 KiB {name}, a map ten times its cache");
+        figure(&format!("{what}, IOPS against one that fits"), ratio(large, fits, per_second), "");
+        figure(&format!("{what}, CPU per I/O against one that fits"), ratio(large, fits, cpu_micros), "");
     }
-}
-
-/// Writes per second before a snapshot and in the seconds after it.
-pub(crate) async fn snapshot(a: &Arguments) {
-    for size in a.mebibytes.map_or(vec![512, 2048], |size| vec![size]) {
-        let room = size * 2 + size / 4 + 256;
-        if a.has_room(&format!("snapshot at {size} MiB"), room) {
-            snapshot_at(a, size, room).await;
-        }
-    }
-}
-
-async fn snapshot_at(a: &Arguments, size: u64, room: u64) {
-    let (pool, lun) = new_lun(a, size, room).await;
-    let (disk, load) = (as_disk(&lun), Load { writes: true, depth: 16, seconds: a.seconds });
-    let pick = anywhere(size << 11);
-    let (mut first, mut last, mut p99) = (Vec::new(), Vec::new(), Vec::new());
-    for round in 0..a.rounds {
-        let mut before = Window::default();
-        for _ in 0..2 {
-            better(&mut before, window(&disk, load, Rc::clone(&pick)).await);
-        }
-        let stop = background(&pool, Duration::from_millis(20));
-        let began = Instant::now();
-        lun.snapshot(&format!("s{round}")).await.expect("a snapshot is taken");
-        println!("{size} MiB: snapshot took {:?}", began.elapsed());
-        row("write before", before, before);
-        let mut after = Window::default();
-        for number in 1..=4 {
-            after = window(&disk, load, Rc::clone(&pick)).await;
-            let which = ["first", "second", "third", "fourth"][number - 1];
-            row(&format!("write, {which} second after"), after, before);
-            if number == 1 {
-                first.push(after.per_second / before.per_second);
-                p99.push(after.p99_micros);
-            }
-        }
-        last.push(after.per_second / before.per_second);
-        stop.set(true);
-        lun.remove_snapshot(&format!("s{round}")).await.expect("a snapshot is removed");
-        pool.tidy().await.expect("merging works");
-    }
-    let median = |mut list: Vec<f64>| {
-        list.sort_by(f64::total_cmp);
-        list[list.len() / 2]
-    };
-    let rounds = first.len();
-    println!("p99 in the first second, median of {rounds}, us: {:.0}", median(p99));
-    println!("fourth second after a snapshot, median of {rounds}: {:.2}", median(last));
-    println!("first second after a snapshot, median of {rounds}: {:.2}", median(first));
 }
 
 /// What the daemon does beside its guests, every 20 ms; or without a pause while there is something to do.
-fn background(pool: &Rc<Pool>, every: Duration) -> Rc<Cell<bool>> {
+pub(crate) fn background(pool: &Rc<Pool>, every: Duration) -> Rc<Cell<bool>> {
     let (pool, stop) = (Rc::clone(pool), Rc::new(Cell::new(false)));
     let stopped = Rc::clone(&stop);
     drop(lane::spawn(async move {
@@ -255,7 +234,7 @@ pub(crate) async fn group(a: &Arguments) {
         at(990),
         at(1000)
     );
-    println!("hold of a cut over 64 LUNs, p99 in ms: {:.3}", at(990).as_secs_f64() * 1e3);
+    figure("a cut over 64 LUNs under load, hold p99 in ms", at(990).as_secs_f64() * 1e3, "<= 10");
 }
 
 /// One cut; how long the writers were held.

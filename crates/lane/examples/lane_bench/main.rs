@@ -1,26 +1,24 @@
 //! Compares `media::FileDisk` on a lane with a bare io_uring loop, in one process, on the same file, taking turns.
 //!
-//! `cargo run --release -p lane --example lane_bench -- FILE [--rounds 7] [--secs 1] [--depth 32] [--size 512M-like bytes]`
+//! `cargo run --release -p lane --example lane_bench -- FILE [--rounds 7] [--secs 1] [--depth 32] [--mib 512]`
 //!
 //! `cargo run --release -p lane --example lane_bench -- executor` measures tasks, wake-ups and hops instead.
 //!
 //! FILE is made and filled when it does not exist. Each round runs every contender once; the table shows medians over
-//! rounds, ratios are medians of the ratios within a round. CPU is user and system time of the whole process.
-#![allow(unsafe_code)] // the bare loop hands raw memory to the kernel: it owns it until the end
+//! rounds, ratios are medians of the ratios within a round. CPU is user and system time of the whole process. At the
+//! end one line for each figure: what, value, goal (none), tabs between.
 #![allow(clippy::unwrap_used)] // a benchmark stops at the first error
 
+mod bare;
+
 use std::cell::Cell;
-use std::os::fd::AsRawFd;
-use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
+use bare::{BLOCK, Bare, Random, Run, cpu_now};
 use block::{Buffer, Disk, Safe, Sector, Segments, SegmentsMut};
-use io_uring::{IoUring, opcode, types};
 use lane::{DriverKind, Options};
-
-const BLOCK: usize = 4096;
 
 #[derive(Clone)]
 struct Plan {
@@ -33,103 +31,11 @@ struct Plan {
     only: Option<usize>,
 }
 
-struct Run {
-    operations: u64,
-    seconds: f64,
-    cpu_seconds: f64,
-}
-
-impl Run {
-    fn iops(&self) -> f64 {
-        self.operations as f64 / self.seconds
-    }
-    fn cpu_us(&self) -> f64 {
-        self.cpu_seconds * 1e6 / self.operations as f64
-    }
-}
-
-fn cpu_now() -> f64 {
-    let mut usage: libc::rusage = unsafe { std::mem::zeroed() };
-    // SAFETY: fills in the structure.
-    unsafe { libc::getrusage(libc::RUSAGE_SELF, &mut usage) };
-    let seconds = |t: libc::timeval| t.tv_sec as f64 + t.tv_usec as f64 / 1e6;
-    seconds(usage.ru_utime) + seconds(usage.ru_stime)
-}
-
-struct Random(u64);
-
-impl Random {
-    fn below(&mut self, limit: u64) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0 % limit
-    }
-}
-
-fn measured(run: impl FnOnce() -> u64) -> Run {
-    let (began, cpu) = (Instant::now(), cpu_now());
-    let operations = run();
-    Run { operations, seconds: began.elapsed().as_secs_f64(), cpu_seconds: cpu_now() - cpu }
-}
-
-/// The least that a program can do with io_uring: `depth` slots, each resubmitted when it completes.
-fn bare(plan: &Plan, write: bool, fixed: bool) -> Run {
-    let file =
-        std::fs::OpenOptions::new().read(true).write(true).custom_flags(libc::O_DIRECT).open(&plan.path);
-    let file = file.unwrap();
-    let mut ring: IoUring = IoUring::builder()
-        .setup_single_issuer()
-        .setup_defer_taskrun()
-        .setup_coop_taskrun()
-        .build(256)
-        .unwrap();
-    let mut memory = Buffer::zeroed(plan.depth * BLOCK);
-    if fixed {
-        let whole = libc::iovec { iov_base: memory.as_mut_ptr().cast(), iov_len: memory.len() };
-        // SAFETY: `memory` outlives the ring.
-        unsafe { ring.submitter().register_buffers(&[whole]) }.unwrap();
-    }
-    let (fd, start, blocks) = (types::Fd(file.as_raw_fd()), memory.as_mut_ptr(), plan.bytes / BLOCK as u64);
-    let mut random = Random(0x1234_5678_9abc_def1);
-    let mut entry = |slot: usize| {
-        let at = random.below(blocks) * BLOCK as u64;
-        // SAFETY: each slot has a block of its own.
-        let place = unsafe { start.add(slot * BLOCK) };
-        let length = BLOCK as u32;
-        let entry = match (write, fixed) {
-            (false, false) => opcode::Read::new(fd, place, length).offset(at).build(),
-            (false, true) => opcode::ReadFixed::new(fd, place, length, 0).offset(at).build(),
-            (true, false) => opcode::Write::new(fd, place, length).offset(at).build(),
-            (true, true) => opcode::WriteFixed::new(fd, place, length, 0).offset(at).build(),
-        };
-        entry.user_data(slot as u64)
-    };
-    measured(|| {
-        let began = Instant::now();
-        let (mut operations, mut flying) = (0, plan.depth);
-        for slot in 0..plan.depth {
-            // SAFETY: the memory lives until nothing is in flight.
-            unsafe { ring.submission().push(&entry(slot)) }.unwrap();
-        }
-        let mut done = Vec::with_capacity(plan.depth);
-        while flying > 0 {
-            ring.submit_and_wait(1).unwrap();
-            done.extend(ring.completion().map(|c| (c.user_data(), c.result())));
-            let more = began.elapsed() < plan.time;
-            for (slot, result) in done.drain(..) {
-                assert_eq!(result, BLOCK as i32);
-                operations += 1;
-                if more {
-                    // SAFETY: as above.
-                    unsafe { ring.submission().push(&entry(slot as usize)) }.unwrap();
-                } else {
-                    flying -= 1;
-                }
-            }
-        }
-        operations
-    })
+fn on_ring(plan: &Plan, writes: bool, fixed: bool) -> (Run, String) {
+    let bare =
+        Bare { path: &plan.path, bytes: plan.bytes, writes, fixed, depth: plan.depth, time: plan.time };
+    let buffers = if fixed { "registered" } else { "plain" };
+    (bare::run(&bare), format!("bare io_uring, direct, {buffers} buffers"))
 }
 
 /// One of the requests that are always under way. The first one also looks at the clock.
@@ -201,8 +107,10 @@ fn compare(plan: &Plan, write: bool) {
     type Contender = Box<dyn Fn(&Plan) -> (Run, String)>;
     let arena = 4 << 20;
     let contenders: Vec<Contender> = vec![
-        Box::new(move |p| (bare(p, write, false), "bare io_uring".into())),
-        Box::new(move |p| (bare(p, write, true), "bare io_uring, registered buffers".into())),
+        // What all ratios are to.
+        Box::new(move |p| on_ring(p, write, true)),
+        Box::new(move |p| on_ring(p, write, false)),
+        // What a medium uses where it is allowed to: the one with figures.
         Box::new(move |p| on_lane(p, write, DriverKind::Ring, arena)),
         Box::new(move |p| on_lane(p, write, DriverKind::Ring, 0)),
         Box::new(move |p| on_lane(p, write, DriverKind::Threads, 0)),
@@ -221,19 +129,31 @@ fn compare(plan: &Plan, write: bool) {
             names[n] = name;
         }
     }
-    println!("4 KiB random {}, depth {}:", if write { "write" } else { "read" }, plan.depth);
+    let kind = if write { "write" } else { "read" };
+    println!("4 KiB random {kind}, depth {}:", plan.depth);
     println!("{:<44} {:>9} {:>9} {:>11} {:>12}", "", "IOPS", "us CPU/IO", "x bare IOPS", "x bare CPU");
+    let ratio = |list: &[Run], f: fn(&Run) -> f64| {
+        median(list.iter().zip(&runs[0]).map(|(a, b)| f(a) / f(b)).collect())
+    };
     for (name, list) in names.iter().zip(&runs) {
-        let ratios =
-            |f: fn(&Run) -> f64| median(list.iter().zip(&runs[0]).map(|(a, b)| f(a) / f(b)).collect());
         println!(
             "{name:<44} {:>9.0} {:>9.2} {:>11.3} {:>12.3}",
             median(list.iter().map(Run::iops).collect()),
             median(list.iter().map(Run::cpu_us).collect()),
-            ratios(Run::iops),
-            ratios(Run::cpu_us),
+            ratio(list, Run::iops),
+            ratio(list, Run::cpu_us),
         );
     }
+    println!("in use: bare: {}", names[0].trim_start_matches("bare "));
+    println!("in use: file by our lane: {}", names[2]);
+    println!(
+        "file by our lane, 4 KiB {kind}, IOPS against bare io_uring\t{:.3}\t",
+        ratio(&runs[2], Run::iops)
+    );
+    println!(
+        "file by our lane, 4 KiB {kind}, CPU per I/O against the same\t{:.3}\t",
+        ratio(&runs[2], Run::cpu_us)
+    );
 }
 
 fn per(what: &str, count: u32, began: Instant) {
