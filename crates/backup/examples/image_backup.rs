@@ -100,7 +100,9 @@ impl Disk for Tracked {
 
 async fn image(path: &Path) -> Result<Rc<dyn Disk>, Box<dyn std::error::Error>> {
     let options = media::Options { read_only: true, direct: media::Direct::Never, lock: media::Lock::None };
-    Ok(media::open(path, options).await?)
+    let disk = media::open(path, options).await?;
+    println!("in use: kagami, the image read: {}", disk.in_use());
+    Ok(disk)
 }
 
 fn back_up(repository: &Path, path: &Path, tracked: Option<(u64, Vec<u8>)>) -> Outcome {
