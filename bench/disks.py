@@ -9,9 +9,10 @@ written over before. fio's nbd engine is the client; the disks take turns, workl
 round changing. Figures are medians over rounds; "x" is the median of the per-round ratios of VMDK to RDM (goal: at least 0.97).
 Package: fio.
 """
-import argparse, json, os, shutil, statistics, subprocess, sys, time
+import argparse, json, os, shutil, statistics
 
-from nbd import WORKLOADS, sample
+from common import Daemon, figure, fill, in_use, medium, needed
+from nbd import WORKLOADS, ratio, sample
 
 
 def main():
@@ -22,52 +23,38 @@ def main():
     parser.add_argument("--size", type=int, default=256, help="MiB per disk")
     parser.add_argument("--json")
     args = parser.parse_args()
-    root = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..")
-    program = os.path.join(os.environ.get("CARGO_TARGET_DIR", os.path.join(root, "target")), "release/kagami")
-    if not os.path.exists(program) or not shutil.which("fio"):
-        sys.exit(f"{program} and fio are needed")
+    needed("fio")
+    print(f"on {medium(args.dir)}, {args.size} MiB per disk, {args.rounds} rounds of {args.seconds} s")
     place = os.path.join(args.dir, "disks")
     shutil.rmtree(place, ignore_errors=True)
-    home = os.path.join(place, "home")
-    os.makedirs(home)
-
-    def kagami(*words):
-        done = subprocess.run([program, "--home", home, *words], capture_output=True, text=True)
-        if done.returncode:
-            sys.exit(f"kagami {' '.join(words)}: {done.stderr}")
-
-    daemon = subprocess.Popen([program, "--home", home, "serve"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    daemon = Daemon(os.path.join(place, "home"))
     found = {}
     try:
-        while not os.path.exists(os.path.join(home, "api.sock")) and daemon.poll() is None:
-            time.sleep(0.05)
-        kagami("pool", "create", "pool1", "--size", f"{4 * args.size + 2048}M")
-        kagami("lun", "create", "vm-d", "--size", f"{args.size}M")
-        kagami("datastore", "create", "ds1", "--size", f"{2 * args.size + 1024}M")
-        kagami("vm", "create", "vm", "--datastore", "ds1", "--disk", f"{args.size}M", "--rdm", "vm-d")
+        daemon("pool", "create", "pool1", "--size", f"{4 * args.size + 2048}M")
+        daemon("lun", "create", "vm-d", "--size", f"{args.size}M")
+        daemon("datastore", "create", "ds1", "--size", f"{2 * args.size + 1024}M")
+        daemon("vm", "create", "vm", "--datastore", "ds1", "--disk", f"{args.size}M", "--rdm", "vm-d")
+        in_use("VMDK and RDM", daemon.access("pool1"))
         disks = {"VMDK on VMFS": "vm/scsi0:0", "RDM": "vm/scsi0:1"}
-        sock = os.path.join(home, "nbd.sock")
         for disk in disks.values():
-            kagami("export", "start", disk)
-            subprocess.run(["fio", "--name=fill", "--thread", "--ioengine=nbd", f"--uri=nbd+unix:///{disk}?socket={sock}", "--rw=write", "--bs=1m",
-                            "--iodepth=4", f"--size={args.size}m"], check=True, stdout=subprocess.DEVNULL)
+            fill(daemon.export(disk), args.size)
         for title, rw, size, depth in WORKLOADS:
             for number in range(args.rounds):
                 order = list(disks.items())
                 for name, disk in order if number % 2 else reversed(order):
-                    found.setdefault(title, {}).setdefault(name, []).append(sample(daemon.pid, sock, rw, size, depth, args, disk))
+                    found.setdefault(title, {}).setdefault(name, []).append(sample(daemon.pid, daemon.sock, rw, size, depth, args, disk))
     finally:
-        daemon.terminate()
-        daemon.wait()
+        daemon.stop()
         shutil.rmtree(place, ignore_errors=True)
     print("| workload | disk | IOPS | MB/s | p50 us | p99 us | CPU us/IO | of it server | VMDK x |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     for title, by_name in found.items():
         for name, samples in by_name.items():
             middle = {key: statistics.median(s[key] for s in samples) for key in samples[0]}
-            ratio = statistics.median(v["iops"] / s["iops"] for v, s in zip(by_name["VMDK on VMFS"], samples))
             print(f"| {title} | {name} | {middle['iops']:,.0f} | {middle['mb_s']:,.0f} | {middle['p50_us']:.0f} | {middle['p99_us']:.0f} | "
-                  f"{middle['cpu_us']:.1f} | {middle['server_us']:.1f} | {ratio:.3f} |")
+                  f"{middle['cpu_us']:.1f} | {middle['server_us']:.1f} | {ratio(by_name['VMDK on VMFS'], samples):.3f} |")
+    for title, by_name in found.items():
+        figure(f"VMDK over NBD, {title}, IOPS against RDM over NBD", ratio(by_name["VMDK on VMFS"], by_name["RDM"]), ">= 0.97", 3)
     if args.json:
         with open(args.json, "w") as out:
             json.dump(found, out, indent=1)
