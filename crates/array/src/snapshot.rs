@@ -1,6 +1,7 @@
 //! LUNs and snapshots as objects: create, find, grow, remove, cut, clone, revert, hold. Each of them takes the same
 //! time at any size, and is one record of the journal.
 
+use std::collections::BTreeSet;
 use std::rc::Rc;
 
 use block::{
@@ -574,6 +575,55 @@ impl Lun {
         };
         held.into_iter().for_each(|id| self.pool.put(Put::DropHold(id)));
         Ok(self.pool.commit().await?)
+    }
+
+    /// Of all generations in this LUN's history that `holder` holds, only this one stays held: whatever else he left
+    /// there (a job that was killed, a record that was lost) goes with one record of the journal. How many went. What he
+    /// holds of other LUNs stays.
+    pub async fn release_all_but(&self, generation: Generation, holder: &str) -> Result<usize, LunError> {
+        self.pool.writable()?;
+        let others: Vec<u64> = {
+            let catalog = self.pool.catalog.borrow();
+            let history = self.history(&catalog);
+            let goes = |h: &&HoldRecord| {
+                let kept = catalog.layers.get(&h.layer).and_then(|l| l.generation) == Some(generation);
+                h.holder == holder && history.contains(&h.layer) && !kept
+            };
+            catalog.holds.values().filter(goes).map(|h| h.id).collect()
+        };
+        others.iter().for_each(|id| self.pool.put(Put::DropHold(*id)));
+        self.pool.commit().await?;
+        Ok(others.len())
+    }
+
+    /// The generations in this LUN's history that somebody holds, oldest first, and who.
+    pub fn holds(&self) -> Vec<(Generation, String)> {
+        let catalog = self.pool.catalog.borrow();
+        let history = self.history(&catalog);
+        let mut held: Vec<(Generation, String)> = catalog
+            .holds
+            .values()
+            .filter(|h| history.contains(&h.layer))
+            .filter_map(|h| Some((catalog.layers.get(&h.layer)?.generation?, h.holder.clone())))
+            .collect();
+        held.sort_by_key(|(generation, _)| generation.counter);
+        held
+    }
+
+    /// Every layer that this LUN, its snapshots or what a revert left stand on.
+    fn history(&self, catalog: &Catalog) -> BTreeSet<u64> {
+        let record = catalog.luns.get(&self.id);
+        let tops = record.into_iter().flat_map(|l| [Some(l.top), l.abandoned]).flatten();
+        let snapshots = catalog.snapshots.values().filter(|s| s.lun == self.id).map(|s| s.layer);
+        let mut history = BTreeSet::new();
+        for top in tops.chain(snapshots) {
+            for layer in catalog.chain(top) {
+                if !history.insert(layer.id) {
+                    break; // seen from here on
+                }
+            }
+        }
+        history
     }
 }
 

@@ -6,6 +6,7 @@ mod background;
 mod crash;
 mod faults;
 mod group;
+mod holds;
 mod hostile;
 mod judge;
 mod model;
