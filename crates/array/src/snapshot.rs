@@ -80,6 +80,9 @@ pub enum LunError {
     /// There is no branch that a revert left.
     #[error("LUN {0} was not reverted")]
     NotReverted(String),
+    /// What a revert left is still there, and a second one would leave another.
+    #[error("LUN {0} was reverted already, and what it held before that is still kept")]
+    Reverted(String),
     /// A group cut is not decided yet.
     #[error("LUN {0} is part of a cut that is not decided: `group resolve`")]
     InDoubt(String),
@@ -499,24 +502,35 @@ impl Lun {
         Ok(self.pool.commit().await?)
     }
 
-    /// Goes back to a snapshot. What was there is kept until [`Lun::accept`]; [`Lun::undo_revert`] returns to it.
+    /// Goes back to a snapshot. What was there is kept until [`Lun::accept`]; [`Lun::undo_revert`] returns to it. One of
+    /// both comes before the next revert: only one branch is kept, and none is given up unasked.
     pub async fn revert(&self, snapshot: &str) -> Result<(), LunError> {
         self.refuse_if_claimed()?;
         self.pool.writable()?;
         self.pool.room_for_cut()?;
         self.find_snapshot(snapshot)?;
+        self.refuse_if_reverted()?;
         let _gate = self.close_gate().await;
         self.refuse_if_in_doubt()?;
+        self.refuse_if_reverted()?;
         let target = self.find_snapshot(snapshot)?.layer;
         let Some(record) = self.record() else { return Err(LunError::Disk(DiskError::Gone)) };
         let sectors = self.pool.catalog.borrow().layers.get(&target).map_or(0, |l| l.sectors);
         let top = self.pool.next_id();
         self.pool.put(Put::Layer(LayerRecord { parent: target, ..LayerRecord::empty(top, sectors) }));
-        let abandoned = record.abandoned.or(Some(record.top));
+        let abandoned = Some(record.top);
         self.pool.put(Put::Lun(LunRecord { top, sectors, abandoned, ..record }));
         self.pool.chains_changed();
         self.sectors.set(sectors);
         Ok(self.pool.commit().await?)
+    }
+
+    /// What an earlier revert left has no name but the LUN's: a second one would take it away.
+    fn refuse_if_reverted(&self) -> Result<(), LunError> {
+        match self.record().is_some_and(|r| r.abandoned.is_some()) {
+            true => Err(LunError::Reverted(self.name())),
+            false => Ok(()),
+        }
     }
 
     /// Gives up what a revert left.

@@ -227,10 +227,15 @@ impl Twin {
     async fn revert(&mut self) {
         let Some(name) = self.any_lun() else { return };
         let Some(snapshot) = self.any_snapshot(&name) else { return };
-        self.lun(&name).revert(&snapshot).await.unwrap();
+        let reverted = self.lun(&name).revert(&snapshot).await;
         let expected = self.luns.get_mut(&name).unwrap();
-        let old = (expected.image.clone(), std::mem::take(&mut expected.cuts));
-        expected.abandoned.get_or_insert(old);
+        if expected.abandoned.is_some() {
+            // What was there before is kept until somebody says that it may go: nothing has changed.
+            assert!(matches!(&reverted, Err(LunError::Reverted(lun)) if *lun == name));
+            return;
+        }
+        reverted.unwrap();
+        expected.abandoned = Some((expected.image.clone(), std::mem::take(&mut expected.cuts)));
         expected.cuts = expected.snapshots[&snapshot].clone();
         expected.image = expected.cuts.last().unwrap().image.clone();
         if self.random.bool() {

@@ -338,12 +338,18 @@ impl Story {
             return;
         }
         let _writers = self.keep_out(&name).await;
+        if self.life(&name, |life| life.abandoned.is_some()) {
+            // A second one would give up what the first one left: that has to be said.
+            assert!(matches!(lun.revert(&snapshot).await, Err(LunError::Reverted(_))));
+            lun.accept().await.unwrap();
+            self.life(&name, |life| life.abandoned = None);
+        }
         self.lose_history(&name);
         let old = (self.witness(&name).unwrap(), lun.shape().sectors);
         let (reverted, span) = self.span(lun.revert(&snapshot)).await;
         reverted.unwrap();
         self.adopt(&lun, span, Some(image));
-        self.life(&name, |life| life.abandoned.get_or_insert(old).1);
+        self.life(&name, |life| life.abandoned = Some(old));
         if self.draw(2) == 0 {
             lun.accept().await.unwrap();
             self.life(&name, |life| life.abandoned = None);

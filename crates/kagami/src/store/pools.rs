@@ -66,6 +66,11 @@ pub fn pool_problem(what: impl Into<String>, error: &array::LunError) -> Problem
             ("KGM-LUN-0008", Kind::Failed, "kagami backup create VM --full")
         }
         LunError::NotReverted(_) => ("KGM-LUN-0005", Kind::Conflict, "kagami snap ls LUN"),
+        LunError::Reverted(lun) => {
+            return Problem::new("KGM-LUN-0009", Kind::Conflict, what).why(error).hint(format!(
+                "kagami lun undo-revert {lun} to have it back, or kagami snap revert {lun}@SNAP --accept to give it up"
+            ));
+        }
         LunError::InDoubt(_) => {
             ("KGM-GRP-0001", Kind::Conflict, "kagami group ls, then kagami group resolve")
         }

@@ -169,8 +169,9 @@ impl Store {
     pub async fn revert_snap(&self, word: &str, accept: bool, dry: bool) -> Outcome<Change<LunView>> {
         let _turn = self.turn.take().await;
         let name = SnapName::parse(word)?;
-        let (found, _) = self.snapshot(&name)?;
+        let found = self.lun(&name.of)?;
         let failed = |e: array::LunError| pool_problem(format!("LUN \"{}\" was not reverted", name.of), &e);
+        // What is accepted is the LUN's: its snapshot may be gone by now.
         if accept {
             if found.lun.record().is_none_or(|r| r.abandoned.is_none()) {
                 return Err(failed(array::LunError::NotReverted(name.of.clone())));
@@ -185,7 +186,11 @@ impl Store {
             found.lun.accept().await.map_err(failed)?;
             return Ok(Change::Done(lun_view(&found.pool_name, &found.lun)));
         }
+        found.open_snapshot(&name.snap)?;
         self.unclaimed(&found, "reverted")?;
+        if found.lun.record().is_some_and(|r| r.abandoned.is_some()) {
+            return Err(failed(array::LunError::Reverted(found.lun.name())));
+        }
         if dry {
             return Ok(Change::Would(Plan {
                 would: vec![format!("revert LUN {} to {word}", name.of)],
