@@ -4,6 +4,7 @@
 
 mod background;
 mod crash;
+mod failing;
 mod faults;
 mod group;
 mod holds;
