@@ -29,6 +29,12 @@ pub(crate) fn plant(fault: Option<Fault>) {
     PLANTED.with(|p| p.set(fault));
 }
 
+/// Some fault is planted here: what fails is meant to.
+#[cfg(test)]
+pub(crate) fn any_planted() -> bool {
+    PLANTED.with(|p| p.get().is_some())
+}
+
 /// This fault is planted here.
 #[cfg(test)]
 pub(crate) fn planted(fault: Fault) -> bool {

@@ -156,24 +156,39 @@ impl GroupStory {
 
     /// Power fails at `point`: opens all pools, lets the decider's record decide, judges.
     async fn survives(&self, point: usize, fate: u64) -> Result<(), String> {
-        let images = self.log.cut(point, fate);
-        let mut pools = Vec::new();
-        for image in images {
-            let medium = Rc::new(block::MemoryDisk::from(image));
-            pools.push(
-                Pool::open(vec![medium], Options::default())
-                    .await
-                    .map_err(|e| format!("does not open: {e}"))?,
-            );
-        }
+        let media = self.log.cut(point, fate).into_iter().map(|i| Rc::new(block::MemoryDisk::from(i)));
+        let pools = recover(media.map(|d| d as Rc<dyn Disk>)).await?;
+        self.holds(&pools, point).await
+    }
+
+    /// Power fails at `point`, and again at every point of the recovery from that. True: the second loss met a cut that
+    /// was in doubt.
+    async fn survives_again(&self, point: usize, fate: u64) -> Result<bool, String> {
+        let second = CrashLog::new(fate);
+        second.interleave(2);
+        let media: Vec<Rc<dyn Disk>> =
+            self.log.cut(point, fate).into_iter().map(|i| dynamic(&second.disk_from(i))).collect();
+        let pools = recover(media.into_iter()).await?;
         for pool in &pools {
-            for doubt in pool.in_doubt() {
-                let happened = pools[0].group_decided(doubt.group);
-                pool.resolve(doubt.group, happened).await.map_err(|e| e.to_string())?;
-            }
+            pool.tidy().await.map_err(|e| format!("tidy after recovery: {e}"))?;
+            pool.settle().await.map_err(|e| e.to_string())?;
         }
-        judge(&pools, &self.lives, point).await?;
-        for pool in &pools {
+        let mut doubts = false;
+        for cut in 0..=second.points() {
+            let media = second.cut(cut, fate + 1).into_iter().map(|i| Rc::new(block::MemoryDisk::from(i)));
+            let media: Vec<Rc<dyn Disk>> = media.map(|d| d as Rc<dyn Disk>).collect();
+            let failed = |e: String| format!("second cut {cut}: {e}");
+            let (pools, doubt) = recover_and_tell(media.into_iter()).await.map_err(failed)?;
+            doubts |= doubt;
+            self.holds(&pools, point).await.map_err(failed)?;
+        }
+        Ok(doubts)
+    }
+
+    /// Everything that was promised before `point` is there.
+    async fn holds(&self, pools: &[Rc<Pool>], point: usize) -> Result<(), String> {
+        judge(pools, &self.lives, point).await?;
+        for pool in pools {
             let report = pool.check().await.map_err(|e| e.to_string())?;
             if let Some(finding) = report.faults().next() {
                 return Err(format!("check: {finding}"));
@@ -183,12 +198,37 @@ impl GroupStory {
     }
 }
 
+/// Opens all pools, and ends what is in doubt as the decider's record says.
+async fn recover(media: impl Iterator<Item = Rc<dyn Disk>>) -> Result<Vec<Rc<Pool>>, String> {
+    recover_and_tell(media).await.map(|(pools, _)| pools)
+}
+
+/// The same, and whether something was in doubt.
+async fn recover_and_tell(
+    media: impl Iterator<Item = Rc<dyn Disk>>,
+) -> Result<(Vec<Rc<Pool>>, bool), String> {
+    let (mut pools, mut doubts) = (Vec::new(), false);
+    for medium in media {
+        let pool = Pool::open(vec![medium], Options::default()).await;
+        pools.push(pool.map_err(|e| format!("does not open: {e}"))?);
+    }
+    for pool in &pools {
+        for doubt in pool.in_doubt() {
+            doubts = true;
+            let happened = pools[0].group_decided(doubt.group);
+            pool.resolve(doubt.group, happened).await.map_err(|e| format!("resolve: {e}"))?;
+        }
+    }
+    Ok((pools, doubts))
+}
+
 /// The first violation over all points.
 pub(crate) async fn violation(seed: u64, pools: usize, cuts: usize, fates: u64) -> Option<String> {
     let story = GroupStory::run(seed, pools, cuts).await;
     for point in story.made..=story.log.points() {
         for fate in 0..fates {
             if let Err(what) = story.survives(point, fate).await {
+                super::crash::keep(&story.log, &format!("array-group{pools}-seed{seed}"), point);
                 return Some(format!("KAGAMI_SEED={seed} pools {pools} point {point} fate {fate}: {what}"));
             }
         }
@@ -213,5 +253,30 @@ fn r34_crash_leaves_a_group_whole_or_absent_over_two_pools() {
             let found = violation(seed, 2, 4, if soak() { 2 } else { 3 }).await;
             assert!(found.is_none(), "{}", found.unwrap_or_default());
         }
+    });
+}
+
+/// Power fails, and again at every point of the recovery: while pools open, while what is in doubt is resolved, while
+/// the layers of a cut that did not happen merge away.
+#[test]
+fn r34_crash_again_during_the_recovery_of_a_group() {
+    lane::block_on(async {
+        let mut doubts = 0;
+        for seed in seeds(4, 16) {
+            let pools = 1 + seed as usize % 2;
+            let story = GroupStory::run(seed, pools, 2).await;
+            // By default some points, others with each seed.
+            let (first, stride) = if soak() { (0, 1) } else { (seed as usize * 3, 17) };
+            for point in (story.made + first..=story.log.points()).step_by(stride) {
+                match story.survives_again(point, 2 + (seed + point as u64) % 5).await {
+                    Ok(doubt) => doubts += u64::from(doubt),
+                    Err(what) => {
+                        super::crash::keep(&story.log, &format!("array-group-again-seed{seed}"), point);
+                        panic!("KAGAMI_SEED={seed} pools {pools} point {point}: {what}");
+                    }
+                }
+            }
+        }
+        assert!(doubts > 0 || std::env::var_os("KAGAMI_SEED").is_some(), "no cut was in doubt");
     });
 }

@@ -7,6 +7,9 @@
 //! * every returned [`Safe::OnReturn`] write is there,
 //! * each other 512-byte sector is kept or lost on its own, so writes tear and change order freely.
 //!
+//! Where the environment variable `KAGAMI_DMLOG` names a directory, a test that panics leaves its logs there, in the
+//! layout of the kernel's dm-log-writes, each with the image that it begins with: `replay-log` of xfstests replays them.
+//!
 //! Typical use: run a workload once on `log.disk(..)`, then for every point and some seeds cut, open what is under
 //! test on the images (recorded by a new log, to cut the recovery too), and let a [`Witness`] judge.
 
@@ -83,6 +86,12 @@ struct Cursor {
     /// When the last finished flush began: what had returned before is there.
     flushed: usize,
     durable: Pages,
+}
+
+impl Drop for Inner {
+    fn drop(&mut self) {
+        self.keep_if_panicking();
+    }
 }
 
 impl CrashLog {
