@@ -311,7 +311,7 @@ fn the_checker_finds_a_boundary_that_shows_what_was_given_up() {
 
 /// A boundary that a layer is merged into loses its grains to the top meanwhile, as guests write.
 #[test]
-fn a_merge_into_a_boundary_lets_writers_take_grains_over() {
+fn a_merge_into_a_boundary_lets_writers_take_grains_over_soak() {
     lane::block_on(async {
         for seed in super::seeds(40, 2000) {
             let log = block::crash::CrashLog::new(seed);
@@ -358,7 +358,7 @@ fn a_merge_into_a_boundary_lets_writers_take_grains_over() {
 
 /// A layer with much under a top with little: the top is emptied into it while guests write, and cuts come between.
 #[test]
-fn a_top_is_folded_into_the_layer_below_while_guests_write() {
+fn a_top_is_folded_into_the_layer_below_while_guests_write_soak() {
     lane::block_on(async {
         let mut folded = 0;
         for seed in super::seeds(30, 1000) {
@@ -472,7 +472,7 @@ fn r43_a_layer_that_takes_anothers_place_takes_its_names() {
 
 /// A cut has all of a compare-and-write or nothing of it, although it goes to several grains.
 #[test]
-fn a_cut_waits_for_compare_and_write() {
+fn a_cut_waits_for_compare_and_write_soak() {
     lane::block_on(async {
         let mut both = [0; 2];
         for seed in super::seeds(30, 300) {

@@ -388,7 +388,7 @@ async fn changes(name: &str, disk: &dyn Disk, since: &Cut, now: &Pages) {
 }
 
 #[test]
-fn r41_random_operations_match_the_model() {
+fn r41_random_operations_match_the_model_soak() {
     for seed in seeds(12, 400) {
         eprintln!("KAGAMI_SEED={seed}");
         lane::block_on(async {
