@@ -5,7 +5,7 @@ use std::rc::Rc;
 
 use block::{Disk, Extents, Image, MemoryDisk, Pages, Safe, Sector, Segments, SegmentsMut};
 
-use super::opening::golden;
+use super::golden::golden;
 use super::{pattern, seeds};
 use crate::{NewLun, Options, Pool};
 
@@ -64,30 +64,38 @@ async fn use_it(pool: &Rc<Pool>) {
     let _ = pool.settle().await;
 }
 
-#[test]
-fn hostile_metadata_is_refused_or_read_but_never_a_panic() {
-    let golden = golden();
-    let mut numbers = Vec::new();
-    let mut next = 0;
-    while let Some(number) = golden.pages.next_page(next) {
+/// Changes some pages of an image.
+fn mutated(image: &Image, random: &mut fastrand::Rng) -> Image {
+    let (mut numbers, mut next) = (Vec::new(), 0);
+    while let Some(number) = image.pages.next_page(next) {
         numbers.push(number);
         next = number + 1;
     }
-    for seed in seeds(1500, 50_000) {
+    let mut pages: Pages = image.pages.clone();
+    for _ in 0..random.usize(1..4) {
+        let number = numbers[random.usize(0..numbers.len())];
+        let mut page = [0; 4096];
+        pages.read(number * 4096, &SegmentsMut::new(&mut page));
+        mutate(&mut page, random);
+        pages.write(number * 4096, &Segments::new(&page));
+    }
+    Image { sectors: image.sectors, pages }
+}
+
+#[test]
+fn hostile_metadata_is_refused_or_read_but_never_a_panic() {
+    // One medium and few objects, two media and every kind of object.
+    let all = [golden("pool-format-1"), golden("pool-format-1-full")];
+    for seed in seeds(2000, 60_000) {
         let mut random = fastrand::Rng::with_seed(seed);
-        let mut pages: Pages = golden.pages.clone();
-        for _ in 0..random.usize(1..4) {
-            let number = numbers[random.usize(0..numbers.len())];
-            let mut page = [0; 4096];
-            pages.read(number * 4096, &SegmentsMut::new(&mut page));
-            mutate(&mut page, &mut random);
-            pages.write(number * 4096, &Segments::new(&page));
-        }
-        let image = Image { sectors: golden.sectors, pages };
+        let mut media = all[seed as usize % 2].clone();
+        // Most of what counts lies on the first.
+        let medium = if random.u8(0..8) == 0 { media.len() - 1 } else { 0 };
+        media[medium] = mutated(&media[medium], &mut random);
         let run = std::panic::catch_unwind(|| {
             lane::block_on(async {
-                let medium = Rc::new(MemoryDisk::from(image.clone()));
-                if let Ok(pool) = Pool::open(vec![medium], Options::default()).await {
+                let disks = media.iter().cloned().map(|i| Rc::new(MemoryDisk::from(i)) as Rc<dyn Disk>);
+                if let Ok(pool) = Pool::open(disks.collect(), Options::default()).await {
                     use_it(&pool).await;
                 }
             });

@@ -6,6 +6,7 @@ mod background;
 mod crash;
 mod failing;
 mod faults;
+mod golden;
 mod group;
 mod holds;
 mod hostile;

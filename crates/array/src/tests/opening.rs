@@ -2,14 +2,13 @@
 
 use std::rc::Rc;
 
-use block::{Disk, DiskError, Image, MemoryDisk, Pages, Safe, Sector, Segments, SegmentsMut, conformance};
+use block::{Disk, DiskError, MemoryDisk, Safe, Sector, Segments, SegmentsMut, conformance};
 use zerocopy::{FromBytes, IntoBytes};
 
-use super::{content, new_pool, pattern};
+use super::{new_pool, pattern};
 use crate::format::{Head, PAIR_BYTES};
-use crate::{Claim, Finding, LunError, NewLun, Options, Pool, PoolError};
+use crate::{Finding, LunError, NewLun, Options, Pool, PoolError};
 
-const GOLDEN: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden/pool-format-1.pages");
 const MEDIUM: u64 = 16 << 11;
 
 async fn pool() -> (Rc<MemoryDisk>, Rc<Pool>) {
@@ -38,71 +37,6 @@ fn luns_and_snapshots_pass_the_conformance_suite() {
         let clone = pool.clone_lun("a", "s", NewLun::new("b", 0)).await.unwrap();
         conformance::check(clone, 3).await;
         assert!(pool.check().await.unwrap().findings.is_empty());
-    });
-}
-
-/// What the golden image holds: written with every kind of object there is.
-async fn golden_content(pool: &Rc<Pool>) {
-    let lun =
-        pool.create_lun(NewLun { name: "a".into(), sectors: 70_000, uuid: Some(uuid::Uuid::from_u128(7)) });
-    let lun = lun.await.unwrap();
-    write(&*lun, 3, 20, 1).await.unwrap();
-    write(&*lun, 69_000, 8, 2).await.unwrap();
-    lun.snapshot("s").await.unwrap();
-    write(&*lun, 8, 8, 3).await.unwrap();
-    lun.zero(Sector(16), 8, true).await.unwrap();
-    pool.clone_lun("a", "s", NewLun::new("b", 0)).await.unwrap();
-    let claim = Claim::Datastore { uuid: uuid::Uuid::from_u128(9), label: "ds".into() };
-    lun.claim(Some(claim)).await.unwrap();
-}
-
-/// The golden image as it lies in the tree.
-pub(crate) fn golden() -> Image {
-    let bytes = std::fs::read(GOLDEN).unwrap();
-    let mut pages = Pages::default();
-    for record in bytes.chunks(8 + 4096) {
-        let number = u64::from_le_bytes(record[..8].try_into().unwrap());
-        pages.write(number * 4096, &Segments::new(&record[8..]));
-    }
-    Image { sectors: MEDIUM, pages }
-}
-
-async fn check_golden(pool: &Rc<Pool>) {
-    let (a, b) = (pool.lun("a").unwrap(), pool.lun("b").unwrap());
-    assert_eq!(a.uuid(), uuid::Uuid::from_u128(7));
-    assert!(matches!(a.claimed_by(), Some(Claim::Datastore { .. })));
-    let frozen = content(&*a.open_snapshot("s").unwrap()).await.unwrap();
-    assert!(super::differences(&frozen.pages, &content(&*b).await.unwrap().pages).is_empty());
-    let mut bytes = [0; 24 * 512];
-    a.read(Sector(0), &SegmentsMut::new(&mut bytes)).await.unwrap();
-    assert_eq!(bytes[3 * 512..8 * 512], pattern(20, 1)[..5 * 512]);
-    assert_eq!(bytes[8 * 512..16 * 512], pattern(8, 3));
-    assert!(lane::memory::is_zero(&bytes[16 * 512..]));
-    assert!(pool.check().await.unwrap().findings.is_empty());
-}
-
-/// `KAGAMI_MAKE_GOLDEN=1` writes the image of a new format; the files of older ones are never written again.
-#[test]
-fn a_golden_pool_of_format_1_opens() {
-    lane::block_on(async {
-        if std::env::var_os("KAGAMI_MAKE_GOLDEN").is_some() {
-            let (medium, pool) = pool().await;
-            golden_content(&pool).await;
-            let (image, mut out, mut page) = (medium.image(), Vec::new(), 0);
-            while let Some(next) = image.pages.next_page(page) {
-                let mut bytes = [0; 4096];
-                image.pages.read(next * 4096, &SegmentsMut::new(&mut bytes));
-                if !lane::memory::is_zero(&bytes) {
-                    out.extend(next.to_le_bytes());
-                    out.extend(bytes);
-                }
-                page = next + 1;
-            }
-            std::fs::create_dir_all(std::path::Path::new(GOLDEN).parent().unwrap()).unwrap();
-            std::fs::write(GOLDEN, out).unwrap();
-        }
-        let medium = Rc::new(MemoryDisk::from(golden()));
-        check_golden(&reopen(&medium).await.unwrap()).await;
     });
 }
 
@@ -219,7 +153,7 @@ fn the_checker_finds_what_is_planted() {
         pool.change_entry(&leaf, 0, crate::format::Entry::default());
         let report = pool.check().await.unwrap();
         assert_eq!(report.leaked_grains(), 1, "{:?}", report.findings);
-        assert_eq!(pool.repair_leaks(&report).await.unwrap(), 1);
+        assert_eq!(pool.repair_leaks().await.unwrap().1, 1);
         assert!(pool.check().await.unwrap().findings.is_empty());
         // A page of which no copy is whole.
         pool.settle().await.unwrap();
