@@ -3,7 +3,7 @@
 //! An open pool is checked as memory knows it (journal replayed). What changes while it is looked at may look wrong:
 //! when there are findings and something was committed meanwhile, the check is done again, and what both saw counts.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 
 use block::DiskError;
 
@@ -237,18 +237,35 @@ impl Pool {
         Ok(report)
     }
 
-    /// Gives leaked grains back; the number given back. Does nothing when the report is incomplete.
-    pub async fn repair_leaks(&self, report: &Report) -> Result<u64, DiskError> {
-        if report.incomplete {
-            return Ok(0);
-        }
+    /// Checks, and gives leaked grains back: what was found, and how many grains. Guests may go on meanwhile: a grain that
+    /// got another owner while it was looked at is none of them. Where anything else is wrong nothing is given back: what
+    /// nobody refers to may be what a damaged map lost.
+    pub async fn repair_leaks(&self) -> Result<(Report, u64), DiskError> {
+        let _turn = self.tidy_turn.take().await;
         self.writable()?;
+        let mut report = Report::default();
+        for _ in 0..3 {
+            self.moving.replace(Some(HashSet::new()));
+            let checked = self.check_once().await;
+            let moved = self.moving.take().unwrap_or_default();
+            report = checked?;
+            // What guests did meanwhile may look wrong, and does not look so for long.
+            if !report.incomplete && report.more == 0 && report.faults().next().is_none() {
+                let count = self.free_leaks(&report, &moved).await?;
+                return Ok((report, count));
+            }
+        }
+        Ok((report, 0))
+    }
+
+    async fn free_leaks(&self, report: &Report, moved: &HashSet<u32>) -> Result<u64, DiskError> {
         let mut count = 0;
         for finding in &report.findings {
             let Finding::Leak { first, count: grains } = finding else { continue };
-            for grain in *first..first + grains {
-                let page = self.bitmap_page(grain as u32).await?;
-                self.free_grain(grain as u32, &page);
+            for grain in (*first..first + grains).map(|g| g as u32).filter(|g| !moved.contains(g)) {
+                // Its bit is set, and nothing refers to it: nobody else can get at it meanwhile.
+                let page = self.bitmap_page(grain).await?;
+                self.free_grain(grain, &page);
                 count += 1;
                 if self.batch_is_full() {
                     self.commit().await?;

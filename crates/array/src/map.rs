@@ -212,7 +212,12 @@ impl Pool {
         if leaf.get(slot) == entry.0 {
             return;
         }
-        self.usage.changed(leaf.key.tree, Entry(leaf.get(slot)), entry);
+        let old = Entry(leaf.get(slot));
+        self.usage.changed(leaf.key.tree, old, entry);
+        if old.grain() != entry.grain() {
+            self.is_moving(old.grain());
+            self.is_moving(entry.grain());
+        }
         self.change_page(leaf, slot, entry.0);
         self.batch.borrow_mut().push(Op::Map { layer: leaf.key.tree, index: grain, entry: entry.0 });
     }

@@ -4,7 +4,7 @@
 //! one flush of the media. Flushes that wait for each other share one commit.
 
 use std::cell::{Cell, RefCell};
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::rc::{Rc, Weak};
 
 use block::{Buffer, DiskError, Safe, Segments};
@@ -81,6 +81,8 @@ pub struct Pool {
     pub(crate) boundaries: Boundaries,
     /// Grains to be looked at when guests have left them alone.
     pub(crate) noted: Noted,
+    /// Grains that somebody took, gave up or moved while a repair looks for leaks: they are none.
+    pub(crate) moving: RefCell<Option<HashSet<u32>>>,
     /// One at a time punches.
     pub(crate) punch_turn: Turn,
     /// Freed grains are not given back: not wanted, or a medium does not take them.
@@ -155,6 +157,7 @@ impl Pool {
             usage: Usage::default(),
             boundaries: Boundaries::default(),
             noted: Noted::new(),
+            moving: RefCell::default(),
             punch_turn: Turn::new(),
             punching_refused: Cell::new(!options.punch),
             guest_operations: Cell::new(0),
@@ -207,7 +210,16 @@ impl Pool {
             let value = reserved.page.get(word) | 1 << bit;
             self.change_page(&reserved.page, word, value);
             self.space.taken(reserved.grain);
+            self.is_moving(reserved.grain);
             self.batch.borrow_mut().push(Op::Used { first: reserved.grain, count: 1 });
+        }
+    }
+
+    /// A grain gets another owner: whoever looks for leaks now may have missed it.
+    #[inline]
+    pub(crate) fn is_moving(&self, grain: u32) {
+        if let Some(moving) = &mut *self.moving.borrow_mut() {
+            moving.insert(grain);
         }
     }
 

@@ -13,6 +13,7 @@ mod hostile;
 mod judge;
 mod model;
 mod opening;
+mod planted;
 mod story;
 
 use std::rc::Rc;
