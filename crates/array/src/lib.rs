@@ -38,6 +38,7 @@ pub use open::{LEAST_MEDIUM_BYTES, NewPool, Options, PoolError};
 pub use pool::{Pool, PoolInfo};
 pub use show::LunUse;
 pub use snapshot::{LunError, NewLun, Snapshot};
+pub use tidy::TRASH_SECONDS;
 
 /// Seconds since 1970.
 pub(crate) fn seconds_now() -> u64 {

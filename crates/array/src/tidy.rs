@@ -112,7 +112,8 @@ fn next_work(catalog: &Catalog, now: u64, current: Option<Merging>, folds: bool)
         }
     }
     let old = |trashed: u64| now.saturating_sub(trashed) >= TRASH_SECONDS;
-    catalog.luns.values().find(|l| l.trashed.is_some_and(old)).map(|l| Work::Purge(l.id))
+    let trash = catalog.luns.values().filter_map(|l| l.trashed.map(|t| (t, l.id)));
+    trash.min().filter(|(trashed, _)| old(*trashed)).map(|(_, lun)| Work::Purge(lun))
 }
 
 impl Pool {
@@ -372,5 +373,60 @@ impl Pool {
             leaves.into_iter().filter(|(g, _)| !inner.contains(g)).map(|(g, l)| (l, g)).collect();
         list.sort_unstable();
         Ok((list, inner))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::catalog::LunRecord;
+
+    const BORN: u64 = 1_000_000;
+
+    /// LUNs that went into the trash so many seconds after another, by number; 0: still there.
+    fn catalog(trashed: &[u64]) -> Catalog {
+        let mut catalog = Catalog::default();
+        for (number, after) in trashed.iter().enumerate() {
+            let id = 1 + number as u64;
+            catalog.put(Put::Layer(LayerRecord::empty(100 + id, 8)));
+            catalog.put(Put::Lun(LunRecord {
+                id,
+                uuid: uuid::Uuid::from_u128(u128::from(id)),
+                name: format!("lun{id}"),
+                sectors: 8,
+                top: 100 + id,
+                created: BORN,
+                trashed: (*after > 0).then_some(BORN + after),
+                claim: None,
+                abandoned: None,
+            }));
+        }
+        catalog
+    }
+
+    #[test]
+    fn the_trash_is_emptied_after_seven_days_and_not_a_second_before() {
+        let catalog = catalog(&[0, 10]);
+        let at = |seconds: u64| next_work(&catalog, BORN + 10 + seconds, None, true);
+        assert_eq!(TRASH_SECONDS, 604_800, "seven days");
+        assert_eq!(at(0), None);
+        assert_eq!(at(TRASH_SECONDS - 1), None);
+        assert_eq!(at(TRASH_SECONDS), Some(Work::Purge(2)));
+        assert_eq!(at(10 * TRASH_SECONDS), Some(Work::Purge(2)), "a LUN that lives stays for ever");
+        // A clock that goes back takes nothing away.
+        assert_eq!(next_work(&catalog, 0, None, true), None);
+    }
+
+    #[test]
+    fn what_lies_longest_in_the_trash_goes_first() {
+        let mut catalog = catalog(&[50, 30, 0, 40]);
+        let mut order = Vec::new();
+        while let Some(Work::Purge(lun)) = next_work(&catalog, BORN + 45 + TRASH_SECONDS, None, true) {
+            order.push(lun);
+            let top = catalog.luns[&lun].top;
+            catalog.put(Put::DropLun(lun));
+            catalog.put(Put::DropLayer(top));
+        }
+        assert_eq!(order, [2, 4], "and the youngest waits for its own time");
     }
 }

@@ -14,6 +14,7 @@ mod judge;
 mod model;
 mod opening;
 mod planted;
+mod room;
 mod story;
 
 use std::rc::Rc;

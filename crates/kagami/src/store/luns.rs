@@ -3,7 +3,7 @@
 use std::rc::Rc;
 
 use array::catalog::LunRecord;
-use array::{Lun, NewLun as NewArrayLun, Snapshot};
+use array::{Lun, NewLun as NewArrayLun, Snapshot, TRASH_SECONDS};
 use block::{Disk, SECTOR_BYTES};
 
 use vmdisk::rdm::{LunIdentity, Ours, VisibleLun};
@@ -17,8 +17,6 @@ use crate::units::show_size;
 
 /// LUNs are whole blocks.
 const UNIT: u64 = 4096;
-/// A removed LUN lies in the trash for so long.
-const TRASH_SECONDS: u64 = 7 * 86_400;
 /// And at most this large, in bytes.
 const LARGEST: u64 = 64 << 40;
 
