@@ -10,6 +10,7 @@ mod golden;
 mod group;
 mod holds;
 mod hostile;
+mod identity;
 mod judge;
 mod model;
 mod opening;
