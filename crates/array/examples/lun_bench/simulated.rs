@@ -35,6 +35,40 @@ pub(crate) struct Medium {
     pages: RefCell<Pages>,
     /// Pages of maps and bitmaps that were read, pretended ones or not.
     pub(crate) page_reads: Cell<u64>,
+    operations: Cell<Operations>,
+}
+
+/// What a medium was asked for.
+#[derive(Copy, Clone, Default, PartialEq, Eq, Debug)]
+pub(crate) struct Operations {
+    pub(crate) reads: u64,
+    pub(crate) writes: u64,
+    pub(crate) flushes: u64,
+}
+
+impl Medium {
+    /// A medium that pretends nothing yet.
+    pub(crate) fn new(sectors: u64) -> Rc<Self> {
+        Rc::new(Self {
+            written: MemoryDisk::new(sectors),
+            map: Cell::new(None),
+            pages: RefCell::default(),
+            page_reads: Cell::new(0),
+            operations: Cell::default(),
+        })
+    }
+
+    /// What it was asked for since it was made; punched holes and the like are not counted.
+    #[allow(dead_code)] // the benchmark does not ask
+    pub(crate) fn operations(&self) -> Operations {
+        self.operations.get()
+    }
+
+    fn count(&self, change: impl FnOnce(&mut Operations)) {
+        let mut operations = self.operations.get();
+        change(&mut operations);
+        self.operations.set(operations);
+    }
 }
 
 impl Map {
@@ -85,6 +119,7 @@ impl Disk for Medium {
         self.written.shape()
     }
     fn read<'a>(&'a self, at: Sector, into: &'a SegmentsMut<'a>) -> Io<'a> {
+        self.count(|o| o.reads += 1);
         Box::pin(async move {
             let Some(map) = self.map.get().filter(|_| into.len() == PAIR_BYTES as usize) else {
                 return self.written.read(at, into).await;
@@ -104,10 +139,16 @@ impl Disk for Medium {
         })
     }
     fn write<'a>(&'a self, at: Sector, from: &'a Segments<'a>, safe: Safe) -> Io<'a> {
-        // A page of the map that was written once is no longer computed: remembered by its pair.
-        let mark = [1; 4096];
-        self.pages.borrow_mut().write(at.bytes() / PAIR_BYTES * 4096, &Segments::new(&mark));
-        self.written.write(at, from, safe)
+        self.count(|o| o.writes += 1);
+        Box::pin(async move {
+            self.written.write(at, from, safe).await?;
+            // A page of the map that was written once is no longer computed: remembered by its pair.
+            let end = (at.bytes() + from.len() as u64).div_ceil(PAIR_BYTES);
+            for pair in at.bytes() / PAIR_BYTES..end {
+                self.pages.borrow_mut().write(pair * 4096, &Segments::new(&[1; 4096]));
+            }
+            Ok(())
+        })
     }
     fn zero(&self, at: Sector, count: u64, may_free: bool) -> Io<'_> {
         self.written.zero(at, count, may_free)
@@ -133,6 +174,7 @@ impl Disk for Medium {
         self.written.compare_and_write(at, expected, new)
     }
     fn flush(&self) -> Io<'_> {
+        self.count(|o| o.flushes += 1);
         self.written.flush()
     }
 }
@@ -143,12 +185,7 @@ pub(crate) type Simulated = (Rc<Medium>, Rc<Pool>, Rc<Lun>);
 /// A pool with one LUN that has so many bytes mapped, and nothing in memory of it.
 pub(crate) async fn pool(bytes: u64, scattered: bool) -> Result<Simulated, Box<dyn std::error::Error>> {
     let sectors = (bytes + bytes / 8 + (1 << 30)) / 512;
-    let medium = Rc::new(Medium {
-        written: MemoryDisk::new(sectors),
-        map: Cell::new(None),
-        pages: RefCell::default(),
-        page_reads: Cell::new(0),
-    });
+    let medium = Medium::new(sectors);
     let made = Pool::create(vec![medium.clone()], NewPool::new("bench"), Options::default()).await?;
     let lun = made.create_lun(NewLun::new("lun", bytes / 512)).await?;
     let (tree, pool) = (lun.record().ok_or(DiskError::Gone)?.top, made.uuid());
