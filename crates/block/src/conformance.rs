@@ -264,7 +264,7 @@ async fn against_a_model(disk: &dyn Disk, seed: u64) {
 mod tests {
     use super::*;
     use crate::crash::{CrashLog, Witness};
-    use crate::decorate::{Decorated, Delay, Fail, Operation, Record};
+    use crate::decorate::{Decorated, Delay, Fail, Hold, Operation, Pace, Record};
 
     #[test]
     fn memory_crash_and_decorated_disks_pass() {
@@ -283,6 +283,20 @@ mod tests {
             let short = Delay(Box::new(|_| std::time::Duration::from_micros(1)));
             check(Decorated::new(recorded.clone(), short), 3).await;
             assert!(recorded.passing.count(Operation::Write) > 100);
+        });
+    }
+
+    /// Every decorator that lets things through is a disk like the one behind it.
+    #[test]
+    fn decorators_that_let_everything_through_pass() {
+        lane::block_on(async {
+            let memory = || Rc::new(MemoryDisk::new(700));
+            check(Decorated::new(memory(), Fail(Box::new(|_, _, _| None))), 4).await;
+            check(Decorated::new(memory(), Pace::new(u64::MAX)), 5).await;
+            let open = Hold::new(|_| true);
+            open.let_through();
+            check(Decorated::new(memory(), open), 6).await;
+            check(Rc::new(memory()), 7).await;
         });
     }
 
