@@ -7,7 +7,7 @@
 use std::path::PathBuf;
 use std::rc::Rc;
 
-use lane::fs::{File, Open};
+use lane::fs::{Direct, File, Open};
 use lane::net::Stream;
 use lane::{Buffer, DriverKind, Options, Segments, SegmentsMut};
 
@@ -42,6 +42,31 @@ fn load(at: u32) -> libc::sock_filter {
 /// Goes on if the word is this, else jumps over so many statements.
 fn only(word: u32, otherwise: u8) -> libc::sock_filter {
     statement(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, word, 0, otherwise)
+}
+
+/// Goes on if the word has one of these bits, else jumps over so many statements.
+fn any_bit(word: u32, otherwise: u8) -> libc::sock_filter {
+    statement(libc::BPF_JMP | libc::BPF_JSET | libc::BPF_K, word, 0, otherwise)
+}
+
+/// Lets O_DIRECT be refused when it is set on an open file, as a file system does that has no direct I/O. Holds for this
+/// thread and those that it starts.
+fn refuse_direct() {
+    let set = libc::F_SETFL as u32;
+    let filter = vec![
+        load(0),
+        only(libc::SYS_fcntl as u32, 5),
+        load(16 + 8),
+        only(set, 3),
+        load(16 + 8 * 2),
+        any_bit(libc::O_DIRECT as u32, 1),
+    ];
+    refuse(filter, libc::EINVAL);
+}
+
+/// Lets the reads fail that opening tries, as a file system does that takes the flag and not the reads.
+fn refuse_to_read_direct() {
+    refuse(vec![load(0), only(libc::SYS_pread64 as u32, 1)], libc::EINVAL);
 }
 
 /// Lets this thread's io_uring_setup fail with EPERM, as a container's seccomp profile does.
@@ -80,6 +105,57 @@ fn in_child(test: &str, name: &str) -> std::process::Output {
     child.args(["--exact", test, "--nocapture", "--test-threads=1"]).env(name, "1").output().unwrap()
 }
 
+/// What a file system does not take directly goes through the page cache, and is as durable: nobody has to ask for that.
+#[test]
+fn without_direct_io_files_are_buffered() {
+    // The workers that open files are shared by all threads: each way of refusing has a process of its own.
+    const WAYS: [(&str, fn()); 2] = [("flag", refuse_direct), ("read", refuse_to_read_direct)];
+    let Some(way) = std::env::var_os("LANE_TEST_DIRECT") else {
+        for (name, _) in WAYS {
+            let mut child = std::process::Command::new(std::env::current_exe().unwrap());
+            child.args([
+                "--exact",
+                "without_direct_io_files_are_buffered",
+                "--nocapture",
+                "--test-threads=1",
+            ]);
+            let output = child.env("LANE_TEST_DIRECT", name).output().unwrap();
+            assert!(output.status.success(), "{name}: {}", String::from_utf8_lossy(&output.stderr));
+        }
+        return;
+    };
+    let (_, refuse) = WAYS.into_iter().find(|(name, _)| way == *name).unwrap();
+    std::thread::spawn(move || {
+        refuse();
+        for driver in [DriverKind::Ring, DriverKind::Threads] {
+            let path = scratch(&format!("direct-{}", way.to_string_lossy()));
+            lane::block_on_with(Options { driver, ..Default::default() }, async {
+                let how = Open { create_bytes: Some(1 << 16), ..Default::default() };
+                assert_eq!(how.direct, Direct::Auto, "what is opened without saying how");
+                let file = File::open(&path, &how).await.unwrap();
+                assert!(!file.is_direct());
+                // At any place and length, which direct I/O would refuse.
+                let data: Vec<u8> = (0..5000u32).map(|n| n as u8).collect();
+                file.write_at(777, &Segments::new(&data), true).await.unwrap();
+                file.sync_data().await.unwrap();
+                let mut back = vec![0; 5000];
+                file.read_at(777, &SegmentsMut::new(&mut back)).await.unwrap();
+                assert!(back == data);
+                drop(file);
+                let how = Open { direct: Direct::Auto, ..Default::default() };
+                assert!(!File::open(&path, &how).await.unwrap().is_direct(), "a file with data too");
+                let must = Open { direct: Direct::Must, ..Default::default() };
+                let refused = File::open(&path, &must).await.err().unwrap();
+                assert_eq!(refused.kind(), std::io::ErrorKind::Unsupported, "{refused}");
+                assert!(refused.to_string().contains("does not take direct I/O"), "{refused}");
+            });
+            std::fs::remove_file(&path).unwrap();
+        }
+    })
+    .join()
+    .unwrap();
+}
+
 #[test]
 fn without_memory_to_pin_buffers_are_plain() {
     if std::env::var_os("LANE_TEST_MEMLOCK").is_none() {
@@ -102,6 +178,11 @@ fn without_memory_to_pin_buffers_are_plain() {
                 File::open(&path, &Open { create_bytes: Some(8192), ..Default::default() }).await.unwrap();
             let mut place = Buffer::for_overwrite(8192);
             file.read_at(0, &SegmentsMut::new(&mut place)).await.unwrap();
+            // Threads and the page cache have no use for registered buffers: without them the test shows nothing.
+            if lane::in_use().engine != "io_uring" || !file.is_direct() {
+                assert!(std::env::var_os("CI").is_none(), "SKIPPED in CI: no io_uring, or no direct I/O");
+                return eprintln!("SKIPPED: no io_uring, or no direct I/O");
+            }
             assert!(!lane::in_use().registered);
         });
         std::fs::remove_file(path).unwrap();
