@@ -156,39 +156,62 @@ fn without_direct_io_files_are_buffered() {
     .unwrap();
 }
 
+/// Takes away the right to pin memory without a limit, and sets the limit.
+fn limit_memory_to_pin(bytes: u64) {
+    let limit = libc::rlimit { rlim_cur: bytes, rlim_max: 8 << 20 };
+    let header = [0x2008_0522u32, 0]; // _LINUX_CAPABILITY_VERSION_3, this thread
+    let none = [0u32; 6];
+    // SAFETY: valid structures; the capabilities are those of this thread, the limit is that of this process.
+    unsafe {
+        assert_eq!(libc::setrlimit(libc::RLIMIT_MEMLOCK, &limit), 0);
+        assert_eq!(libc::syscall(libc::SYS_capset, header.as_ptr(), none.as_ptr()), 0);
+    }
+}
+
+/// What a lane has in use that may pin so much, after a write and a read; and whether its file is direct.
+fn in_use_with(bytes: u64) -> (lane::InUse, bool) {
+    std::thread::spawn(move || {
+        limit_memory_to_pin(bytes);
+        let path = scratch(&format!("memlock-{bytes}"));
+        lane::block_on_with(Options { driver: DriverKind::Ring, ..Default::default() }, async {
+            let how = Open { create_bytes: Some(8192), ..Default::default() };
+            let file = File::open(&path, &how).await.unwrap();
+            std::fs::remove_file(&path).unwrap();
+            let mut place = Buffer::for_overwrite(8192);
+            place.fill(7);
+            file.write_at(0, &Segments::new(&place), true).await.unwrap();
+            place.fill(0);
+            file.read_at(0, &SegmentsMut::new(&mut place)).await.unwrap();
+            assert!(place.iter().all(|b| *b == 7));
+            (lane::in_use(), file.is_direct())
+        })
+    })
+    .join()
+    .unwrap()
+}
+
 #[test]
 fn without_memory_to_pin_buffers_are_plain() {
     if std::env::var_os("LANE_TEST_MEMLOCK").is_none() {
         let output = in_child("without_memory_to_pin_buffers_are_plain", "LANE_TEST_MEMLOCK");
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        eprint!("{}", String::from_utf8_lossy(&output.stderr));
         return;
     }
-    std::thread::spawn(|| {
-        let limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
-        let header = [0x2008_0522u32, 0]; // _LINUX_CAPABILITY_VERSION_3, this thread
-        let none = [0u32; 6];
-        // SAFETY: valid structures; the capabilities are those of this thread, the limit is that of this child.
-        unsafe {
-            assert_eq!(libc::setrlimit(libc::RLIMIT_MEMLOCK, &limit), 0);
-            assert_eq!(libc::syscall(libc::SYS_capset, header.as_ptr(), none.as_ptr()), 0);
-        }
-        let path = std::env::temp_dir().join(format!("lane-memlock-{}", std::process::id()));
-        lane::block_on_with(Options { driver: DriverKind::Ring, ..Default::default() }, async {
-            let file =
-                File::open(&path, &Open { create_bytes: Some(8192), ..Default::default() }).await.unwrap();
-            let mut place = Buffer::for_overwrite(8192);
-            file.read_at(0, &SegmentsMut::new(&mut place)).await.unwrap();
-            // Threads and the page cache have no use for registered buffers: without them the test shows nothing.
-            if lane::in_use().engine != "io_uring" || !file.is_direct() {
-                assert!(std::env::var_os("CI").is_none(), "SKIPPED in CI: no io_uring, or no direct I/O");
-                return eprintln!("SKIPPED: no io_uring, or no direct I/O");
-            }
-            assert!(!lane::in_use().registered);
-        });
-        std::fs::remove_file(path).unwrap();
-    })
-    .join()
-    .unwrap();
+    // Enough for the ring itself, which newer kernels count too, and not for the smallest piece of buffers.
+    let (little, direct) = in_use_with(512 << 10);
+    // Threads and the page cache have no use for registered buffers: with them the test shows nothing.
+    if little.engine != "io_uring" || !direct {
+        assert!(std::env::var_os("CI").is_none(), "SKIPPED in CI: {little:?}, direct: {direct}");
+        return eprintln!("SKIPPED: {little:?}, direct: {direct}");
+    }
+    assert!(!little.registered);
+    // None at all: plain buffers, or threads where the kernel counts the ring.
+    let (none, direct) = in_use_with(0);
+    assert!(!none.registered && direct && ["io_uring", "threads"].contains(&none.engine), "{none:?}");
+    // It was the limit and nothing else.
+    let (enough, direct) = in_use_with(4 << 20);
+    assert_eq!((enough.engine, enough.registered, direct), ("io_uring", true, true));
 }
 
 #[test]
