@@ -85,4 +85,39 @@ mod tests {
             });
         }
     }
+
+    /// More bells than a calm lane waits for itself, so that some are the ring's business, rung from another thread: the
+    /// kernel calls no eventfd from within another, and the ring must not miss them.
+    #[test]
+    fn no_bell_is_missed_however_many_there_are() {
+        const BELLS: usize = 20;
+        for driver in [DriverKind::Ring, DriverKind::Threads] {
+            let flags = rustix::event::EventfdFlags::CLOEXEC | rustix::event::EventfdFlags::NONBLOCK;
+            let bells: Vec<OwnedFd> = (0..BELLS).map(|_| rustix::event::eventfd(0, flags).unwrap()).collect();
+            let theirs: Vec<OwnedFd> = bells.iter().map(|bell| bell.try_clone().unwrap()).collect();
+            let (heard, was_heard) = std::sync::mpsc::channel();
+            std::thread::spawn(move || {
+                crate::block_on_with(Options { driver, ..Options::default() }, async {
+                    let listening = theirs.into_iter().enumerate().map(|(number, bell)| {
+                        let (bell, heard) = (Watched::new(bell), heard.clone());
+                        async move {
+                            for _ in 0..40 {
+                                bell.readable().await.unwrap();
+                                rustix::io::read(&bell, &mut [0; 8]).unwrap();
+                                heard.send(number).unwrap();
+                            }
+                        }
+                    });
+                    crate::sync::together(listening).await;
+                });
+            });
+            for round in 0..40 {
+                for (number, bell) in bells.iter().enumerate() {
+                    rustix::io::write(bell, &1u64.to_le_bytes()).unwrap();
+                    let answer = was_heard.recv_timeout(std::time::Duration::from_secs(30));
+                    assert_eq!(answer, Ok(number), "round {round}");
+                }
+            }
+        }
+    }
 }

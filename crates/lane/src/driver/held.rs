@@ -9,6 +9,8 @@
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::time::Duration;
 
+use smallvec::SmallVec;
+
 use super::threads::ready_now;
 use crate::op::{Op, Pieces};
 
@@ -116,34 +118,36 @@ impl HeldReceives {
     }
 
     /// Sleeps until a socket has something, the ring or the lane's bell has rung, or the time is over; receives what has
-    /// come. The bell is looked at itself: the ring's read of it may be done without the ring telling anybody.
+    /// come. The bell, and what the ring waits for to be ready, are looked at themselves: the kernel calls from within the
+    /// ringing of one eventfd no other, so the ring may have something without telling anybody.
     pub(super) fn sleep(
         &mut self,
         ring: &OwnedFd,
         bell: RawFd,
+        polled: impl Iterator<Item = (RawFd, i16)>,
         time: Option<Duration>,
         done: &mut Vec<(u32, i32)>,
     ) {
         let wanted = |fd, events| libc::pollfd { fd, events, revents: 0 };
-        let mut list = [wanted(-1, 0); 2 + HELD_MAX];
-        list[0] = wanted(ring.as_raw_fd(), libc::POLLIN);
-        list[1] = wanted(bell, libc::POLLIN);
-        for (place, held) in list[2..].iter_mut().zip(&self.list) {
-            *place = wanted(held.fd, held.events());
-        }
+        let mut list: SmallVec<[libc::pollfd; 2 + 2 * HELD_MAX]> = SmallVec::new();
+        list.push(wanted(ring.as_raw_fd(), libc::POLLIN));
+        list.push(wanted(bell, libc::POLLIN));
+        list.extend(self.list.iter().map(|held| wanted(held.fd, held.events())));
+        let own = 2..list.len();
+        list.extend(polled.map(|(fd, events)| wanted(fd, events)));
         let time = time.map(|t| libc::timespec {
             tv_sec: i64::try_from(t.as_secs()).unwrap_or(i64::MAX),
             tv_nsec: i64::from(t.subsec_nanos()),
         });
         let time = time.as_ref().map_or(std::ptr::null(), std::ptr::from_ref);
-        // SAFETY: list and time are valid for the call; negative descriptors are passed over.
+        // SAFETY: list and time are valid for the call.
         let ready =
             unsafe { libc::ppoll(list.as_mut_ptr(), list.len() as libc::nfds_t, time, std::ptr::null()) };
         if ready > 0 && list[0].revents != 0 {
             // Only the fact counts; nothing to read is as good.
             let _ = rustix::io::read(ring, &mut [0; 8]);
         }
-        if ready > 0 && list[2..].iter().any(|l| l.revents != 0) {
+        if ready > 0 && list[own].iter().any(|l| l.revents != 0) {
             self.receive(done);
         }
     }

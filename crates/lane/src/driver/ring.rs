@@ -31,6 +31,8 @@ const COMPLETIONS: u32 = 4096;
 const BELL: u64 = u64::MAX;
 /// `user_data` of cancellations, whose own result nobody asks for.
 const CANCEL: u64 = u64::MAX - 1;
+/// Beside the key of a wait for a descriptor to be ready: a bit that no key has.
+const POLL: u64 = 1 << 32;
 
 /// Files that are kept at hand.
 const FILES: u32 = 256;
@@ -61,6 +63,8 @@ pub(crate) struct Ring {
     /// Where the ring rings while the lane sleeps outside of it.
     rings: OwnedFd,
     held: HeldReceives,
+    /// Waits for a descriptor to be ready that the ring has: key, descriptor, events.
+    polled: Vec<(u32, RawFd, i16)>,
 }
 
 /// Files that the kernel knows by a number of the ring, which saves it looking them up for each operation.
@@ -118,6 +122,7 @@ impl Ring {
             patience: Patience::default(),
             rings,
             held: HeldReceives::default(),
+            polled: Vec::new(),
         })
     }
 
@@ -227,7 +232,11 @@ impl Ring {
                     .flags(libc::SOCK_CLOEXEC)
                     .build()
             }
-            Op::Poll { fd, events } => opcode::PollAdd::new(types::Fd(fd), events as u32).build(),
+            Op::Poll { fd, events } => {
+                self.polled.push((key, fd, events));
+                let entry = opcode::PollAdd::new(types::Fd(fd), events as u32).build();
+                return self.push(&entry.user_data(POLL | u64::from(key)));
+            }
             Op::Receive { fd, into, message } => match single(into) {
                 Some(piece) => opcode::Recv::new(types::Fd(fd), piece.0, piece.1).build(),
                 None => opcode::RecvMsg::new(types::Fd(fd), message).build(),
@@ -294,7 +303,9 @@ impl Ring {
         if self.held.cancel(key) {
             return self.early.push((key, -libc::ECANCELED));
         }
-        self.push(&opcode::AsyncCancel::new(u64::from(key)).build().user_data(CANCEL));
+        let poll = self.polled.iter().any(|(polled, ..)| *polled == key);
+        let data = if poll { POLL | u64::from(key) } else { u64::from(key) };
+        self.push(&opcode::AsyncCancel::new(data).build().user_data(CANCEL));
     }
 
     pub(crate) fn turn(&mut self, wait: Wait, done: &mut Vec<(u32, i32)>) {
@@ -363,7 +374,8 @@ impl Ring {
         std::sync::atomic::fence(std::sync::atomic::Ordering::SeqCst);
         if self.is_quiet() && self.ring.completion().is_empty() {
             let bell = self.mailbox.bell().as_raw_fd();
-            self.held.sleep(&self.rings, bell, time, done);
+            let polled = self.polled.iter().map(|(_, fd, events)| (*fd, *events));
+            self.held.sleep(&self.rings, bell, polled, time, done);
         }
         self.ring.completion().disable_eventfd();
         if !self.submit_new() {
@@ -390,7 +402,13 @@ impl Ring {
             match entry.user_data() {
                 BELL => bell_armed = false,
                 CANCEL => {}
-                key => done.push((key as u32, entry.result())),
+                data => {
+                    let key = data as u32;
+                    if data & POLL != 0 {
+                        self.polled.retain(|(polled, ..)| *polled != key);
+                    }
+                    done.push((key, entry.result()));
+                }
             }
         }
         self.bell_armed = bell_armed;
