@@ -189,6 +189,45 @@ fn a_write_that_waits_for_data_can_be_aborted() {
 }
 
 #[test]
+fn immediate_commands_are_bounded_and_can_still_be_aborted() {
+    with(Options::default(), |world| async move {
+        let mut initiator = world.logged_in(1, "InitialR2T=No\0").await;
+        // Each waits for data that the initiator has not sent yet.
+        let write = |initiator: &mut Initiator, tag: u32| {
+            let mut head = initiator.command(tag, flag::WRITE, 1024, &write10(tag, 2));
+            initiator.cmd_sn -= 1;
+            head.opcode |= opcode::IMMEDIATE;
+            head
+        };
+        for tag in 0..32 {
+            let head = write(&mut initiator, tag);
+            initiator.send(&head, &[tag as u8; 512]).await;
+        }
+        for tag in 32..40 {
+            let head = write(&mut initiator, tag);
+            initiator.send(&head, &[0xee; 512]).await;
+            let reject: Reject = initiator.expect(opcode::REJECT).await.view();
+            assert_eq!(reject.reason, Reason::TooManyImmediate as u8);
+            // Its data are passed over.
+            initiator.send(&Initiator::data_out(tag, UNSOLICITED, 0, 512, true), &[0xee; 512]).await;
+        }
+        // There is always room for the function that ends one of them.
+        initiator.send(&initiator.function(100, function::ABORT_TASK, 31), &[]).await;
+        let answer = initiator.expect(opcode::TASK_MANAGEMENT_RESPONSE).await;
+        assert_eq!(answer.head[2], Outcome::Complete as u8);
+        initiator.settle().await; // and for what has its number
+        let head = write(&mut initiator, 50);
+        initiator.send(&head, &[50; 512]).await;
+        for tag in (0..31).chain([50]) {
+            initiator.send(&Initiator::data_out(tag, UNSOLICITED, 0, 512, true), &[tag as u8; 512]).await;
+            assert_eq!(initiator.expect(opcode::SCSI_RESPONSE).await.head[3], 0, "{tag}");
+            assert_eq!(world.bytes(tag as usize * 512 + 512, 512), [tag as u8; 512]);
+        }
+        assert_eq!(world.bytes(52 * 512, 512), [0; 512]);
+    });
+}
+
+#[test]
 fn numbers_outside_of_the_window_are_ignored_and_a_gap_ends_the_session() {
     with(Options::default(), |world| async move {
         let mut initiator = world.logged_in(1, "").await;

@@ -17,7 +17,7 @@ use super::format::{DataIn, DataOut, Header, NO_TAG, ScsiCommand, ScsiResponse};
 use super::gather::{Gather, Spoilt};
 use super::outgoing::{Answer, Order, Outgoing, Payload, Stat};
 use super::reader::{Pdu, Reader};
-use super::session::{Place, Session, with_length};
+use super::session::{Kind, Place, Session, Turn, with_length};
 use crate::credit::Held;
 use crate::pool::{Pool, Pooled};
 use crate::request::{Operation, Request};
@@ -100,6 +100,12 @@ pub(super) async fn take(session: &Rc<Session>, reader: &mut Reader, pdu: &Pdu) 
         session.reject(Reason::Protocol, &pdu.head); // a discovery session has no commands (4.3)
         return Ok(());
     };
+    let turn = Turn::of(Kind::Command, immediate);
+    if !session.has_room(turn) {
+        reader.skip(length).await?;
+        session.reject(Reason::TooManyImmediate, &pdu.head);
+        return Ok(());
+    }
     if !is_due(session, head.cmd_sn.get(), immediate)? {
         return reader.skip(length).await;
     }
@@ -126,7 +132,7 @@ pub(super) async fn take(session: &Rc<Session>, reader: &mut Reader, pdu: &Pdu) 
         expected,
         reads,
         request: Request::begin(scsi.target.counts(), operation, u64::from(expected)),
-        place: Place::take(session, immediate),
+        place: Place::take(session, turn),
         held: None,
         r2ts: 0,
     };

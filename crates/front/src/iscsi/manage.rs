@@ -11,10 +11,7 @@ use super::format::{Header, TaskManagement};
 use super::outgoing::Stat;
 use super::reader::{Pdu, Reader};
 use super::server::Server;
-use super::session::{Place, Session};
-
-/// Immediate requests of one session at once; further ones are rejected (4.2.2.1).
-const IMMEDIATE_MAX: u32 = 32;
+use super::session::{Kind, Place, Session, Turn};
 
 /// Takes a Task Management Function Request.
 pub(super) async fn take(
@@ -30,7 +27,8 @@ pub(super) async fn take(
         session.reject(Reason::Protocol, &pdu.head);
         return Ok(());
     };
-    if header.is_immediate() && session.immediate() >= IMMEDIATE_MAX {
+    let turn = Turn::of(Kind::Function, header.is_immediate());
+    if !session.has_room(turn) {
         session.reject(Reason::TooManyImmediate, &pdu.head);
         return Ok(());
     }
@@ -38,7 +36,7 @@ pub(super) async fn take(
         return Ok(());
     }
     let number = head.function & !flag::FINAL;
-    let place = Place::take(session, header.is_immediate());
+    let place = Place::take(session, turn);
     let referenced = u64::from(head.referenced_tag.get());
     let asked = match number {
         function::ABORT_TASK => Function::AbortTask(referenced),

@@ -51,6 +51,32 @@ impl From<Cut> for Ending {
     }
 }
 
+/// Immediate requests of one kind and session at once; further ones are rejected. Each kind has its own: commands must not
+/// keep out the function that aborts them (RFC 7143 section 4.2.2.1).
+const IMMEDIATE_MAX: u32 = 32;
+
+/// What an immediate request is.
+#[derive(Copy, Clone, PartialEq, Eq, Debug)]
+pub(super) enum Kind {
+    Command,
+    Function,
+}
+
+/// How a request finds its turn.
+#[derive(Copy, Clone, PartialEq, Eq, Debug)]
+pub(super) enum Turn {
+    /// By its CmdSN, in the window.
+    Numbered,
+    Immediate(Kind),
+}
+
+impl Turn {
+    /// Of a request whose header says so or not.
+    pub fn of(kind: Kind, immediate: bool) -> Self {
+        if immediate { Self::Immediate(kind) } else { Self::Numbered }
+    }
+}
+
 /// The SCSI side of a normal session.
 pub(super) struct Scsi {
     pub target: Rc<Target>,
@@ -76,7 +102,7 @@ pub(super) struct Session {
     next_transfer_tag: Cell<u32>,
     /// Requests under way, and those of them that are immediate.
     under_way: Cell<u32>,
-    immediate: Cell<u32>,
+    immediate: [Cell<u32>; 2],
     idle: Waiters,
     /// Nothing more is taken from the initiator.
     over: Cell<bool>,
@@ -97,9 +123,12 @@ impl Session {
         tag
     }
 
-    /// Immediate requests under way.
-    pub fn immediate(&self) -> u32 {
-        self.immediate.get()
+    /// One more request may be under way.
+    pub fn has_room(&self, turn: Turn) -> bool {
+        match turn {
+            Turn::Numbered => true, // the window has bounded them
+            Turn::Immediate(kind) => self.immediate[kind as usize].get() < IMMEDIATE_MAX,
+        }
     }
 
     /// Nothing more is taken from the initiator: who waits for its data need not any more.
@@ -210,7 +239,7 @@ impl Session {
             text: RefCell::default(),
             next_transfer_tag: Cell::new(1),
             under_way: Cell::new(0),
-            immediate: Cell::new(0),
+            immediate: Default::default(),
             idle: Waiters::new(),
             over: Cell::new(false),
             noticed: Waiters::new(),
@@ -230,18 +259,21 @@ pub(super) fn with_length(sense: &[u8]) -> Vec<u8> {
 /// A place in the window of a session, or among its immediate requests, given back when dropped.
 pub(super) struct Place {
     session: Rc<Session>,
-    immediate: bool,
+    turn: Turn,
 }
 
 impl Place {
     /// Takes one.
-    pub fn take(session: &Rc<Session>, immediate: bool) -> Self {
+    pub fn take(session: &Rc<Session>, turn: Turn) -> Self {
         session.under_way.set(session.under_way.get() + 1);
-        match immediate {
-            true => session.immediate.set(session.immediate.get() + 1),
-            false => session.outgoing.numbers.enter(),
+        match turn {
+            Turn::Immediate(kind) => {
+                let count = &session.immediate[kind as usize];
+                count.set(count.get() + 1);
+            }
+            Turn::Numbered => session.outgoing.numbers.enter(),
         }
-        Self { session: Rc::clone(session), immediate }
+        Self { session: Rc::clone(session), turn }
     }
 }
 
@@ -249,9 +281,12 @@ impl Drop for Place {
     fn drop(&mut self) {
         let session = &self.session;
         session.under_way.set(session.under_way.get() - 1);
-        match self.immediate {
-            true => session.immediate.set(session.immediate.get() - 1),
-            false => session.outgoing.numbers.leave(),
+        match self.turn {
+            Turn::Immediate(kind) => {
+                let count = &session.immediate[kind as usize];
+                count.set(count.get() - 1);
+            }
+            Turn::Numbered => session.outgoing.numbers.leave(),
         }
         if session.under_way.get() == 0 {
             session.idle.wake_all();
