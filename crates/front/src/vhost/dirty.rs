@@ -4,15 +4,15 @@ use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicU8, Ordering};
 
 use vhost::vhost_user::message::VhostUserLog;
-use vm_memory::{MmapRegion, VolatileMemory};
+use vm_memory::VolatileMemory;
 
-use super::memory::{BadMemory, map_file};
+use super::memory::{BadMemory, Mapped, map_file};
 
 /// Guest memory per bit.
 const PAGE_BYTES: u64 = 4096;
 
 /// A bit per page of guest memory, shared with the front end.
-pub(crate) struct Log(MmapRegion<()>);
+pub(crate) struct Log(Mapped);
 
 impl Log {
     /// Maps what the front end shares.

@@ -17,9 +17,9 @@ use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU64, Ordering};
 
 use rustix::fs::{MemfdFlags, SealFlags};
 use vhost::vhost_user::message::VhostUserInflight;
-use vm_memory::{AtomicInteger, MmapRegion, VolatileMemory};
+use vm_memory::{AtomicInteger, VolatileMemory};
 
-use super::memory::{BadMemory, map_file};
+use super::memory::{BadMemory, Mapped, map_file};
 
 /// Says that the memory is laid out as here: "kagamiQ1".
 const MAGIC: u64 = u64::from_le_bytes(*b"kagamiQ1");
@@ -65,7 +65,7 @@ pub(crate) enum BadInflight {
 
 /// The memory of all queues.
 pub(crate) struct Inflight {
-    map: MmapRegion<()>,
+    map: Mapped,
     queues: u16,
     size: u16,
 }
@@ -127,6 +127,19 @@ impl Inflight {
         self.at::<AtomicU8>(prologue::WRITE_CACHE).store(1 + u8::from(on), Ordering::Relaxed);
     }
 
+    /// Nothing is under way, and nothing was chosen: the device was reset.
+    pub fn forget(&self) {
+        self.at::<AtomicU8>(prologue::WRITE_CACHE).store(0, Ordering::Relaxed);
+        for queue in 0..usize::from(self.queues) {
+            let start = PROLOGUE_BYTES + queue_bytes(self.size) * queue;
+            self.at::<AtomicU16>(start + queue::USED).store(0, Ordering::Relaxed);
+            for head in 0..usize::from(self.size) {
+                let entry = start + QUEUE_BYTES + DESCRIPTOR_BYTES * head;
+                self.at::<AtomicU8>(entry + entry::IN_FLIGHT).store(0, Ordering::Release);
+            }
+        }
+    }
+
     /// One queue of at most so many descriptors; `None` when there is no room for it.
     pub fn queue(self: &Rc<Self>, index: u16, size: u16) -> Option<Tracked> {
         let start = PROLOGUE_BYTES + queue_bytes(self.size) * usize::from(index);
@@ -152,7 +165,7 @@ impl Tracked {
     pub fn begin(&mut self, head: u16) {
         self.of::<AtomicU64>(head, entry::COUNTER).store(self.counter, Ordering::Relaxed);
         self.of::<AtomicU8>(head, entry::IN_FLIGHT).store(1, Ordering::Release);
-        self.counter += 1;
+        self.counter = self.counter.wrapping_add(1); // what it begins with is the front end's word
     }
 
     /// It is about to be put into the used ring.
@@ -183,7 +196,9 @@ impl Tracked {
             |head: &u16| self.of::<AtomicU8>(*head, entry::IN_FLIGHT).load(Ordering::Acquire) == 1;
         let counter = |head: u16| self.of::<AtomicU64>(head, entry::COUNTER).load(Ordering::Relaxed);
         let mut list: Vec<u16> = (0..self.size).filter(in_flight).collect();
-        list.sort_by_key(|head| counter(*head));
+        // Numbers that may have gone round: earlier and later is what the distance says.
+        let any = list.first().map_or(0, |head| counter(*head));
+        list.sort_by_key(|head| counter(*head).wrapping_sub(any).cast_signed());
         self.counter = list.last().map_or(0, |head| counter(*head).wrapping_add(1));
         list
     }
@@ -222,6 +237,24 @@ mod tests {
         // Killed before the used ring said so: 5 is done again.
         queue.answering(5);
         assert_eq!(reopen(&about, &file).queue(1, 8).unwrap().recover(2), [5, 1]);
+    }
+
+    #[test]
+    fn numbers_go_round_whatever_the_front_end_has_put_there() {
+        let (about, file) = Inflight::create(1, 8).unwrap();
+        let mut queue = reopen(&about, &file).queue(0, 8).unwrap();
+        queue.counter = u64::MAX - 1;
+        for head in [3, 6, 1, 4] {
+            queue.begin(head);
+        }
+        let mut queue = reopen(&about, &file).queue(0, 8).unwrap();
+        assert_eq!(queue.recover(0), [3, 6, 1, 4]);
+        queue.begin(0);
+        queue.of::<AtomicU64>(2, entry::COUNTER).store(u64::MAX, Ordering::Relaxed);
+        queue.of::<AtomicU8>(2, entry::IN_FLIGHT).store(1, Ordering::Relaxed);
+        let mut queue = reopen(&about, &file).queue(0, 8).unwrap();
+        assert_eq!(queue.recover(0).len(), 6);
+        queue.begin(5);
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! Guest memory: the front end's files, mapped. All `unsafe` of this crate is here.
+//! Guest memory: the front end's files, mapped. All `unsafe` of this crate is here, but for a few system calls ([`super::signal`]).
 //!
 //! The guest goes on writing while we read, so nothing here hands out a Rust borrow of it: small things are copied
 //! (`vm-memory` does that), data go to the disk as raw pieces ([`lane::Segments`]).
@@ -8,6 +8,7 @@
 #![allow(unsafe_code)] // pieces of guest memory as raw addresses; each use has its reason
 
 use std::fs::File;
+use std::ops::Deref;
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -56,6 +57,8 @@ pub(crate) struct Piece {
 #[derive(Clone)]
 struct Region {
     map: Arc<GuestRegionMmap<()>>,
+    /// What is mapped for it, and stays so as long as the region is here.
+    _whole: Rc<MmapRegion<()>>,
     /// Where the front end has it.
     user: u64,
 }
@@ -169,25 +172,62 @@ impl Memory {
 impl Region {
     fn map(region: &VhostUserMemoryRegion, file: OwnedFd) -> Result<Self, BadMemory> {
         let (guest, user, bytes) = (region.guest_phys_addr, region.user_addr, region.memory_size);
-        let map = map_file(file, region.mmap_offset, bytes).map_err(|e| match e {
+        let Mapped { part, whole } = map_file(file, region.mmap_offset, bytes).map_err(|e| match e {
             BadMemory::BeyondFile(_) => BadMemory::BeyondFile(guest),
             other => other,
         })?;
-        let whole = GuestRegionMmap::new(map, GuestAddress(guest)).ok_or(BadMemory::Overlap(guest))?;
-        Ok(Self { map: Arc::new(whole), user })
+        let map = GuestRegionMmap::new(part, GuestAddress(guest)).ok_or(BadMemory::Overlap(guest))?;
+        Ok(Self { map: Arc::new(map), _whole: Rc::new(whole), user })
     }
 }
 
+/// A part of a file that is mapped.
+pub(crate) struct Mapped {
+    /// What was asked for.
+    part: MmapRegion<()>,
+    /// What had to be mapped for it; gives the memory back when dropped, so it goes last.
+    whole: MmapRegion<()>,
+}
+
+impl Deref for Mapped {
+    type Target = MmapRegion<()>;
+    fn deref(&self) -> &MmapRegion<()> {
+        &self.part
+    }
+}
+
+/// Smallest unit that anything is mapped in, in bytes.
+const PAGE_BYTES: u64 = 4096;
+
+/// What to map so that `bytes` bytes from `offset` on are there, in whole pages of a file: where it begins and how long it
+/// is. Of huge pages a part can neither be mapped nor unmapped, and front ends share memory from any place on.
+fn span(offset: u64, bytes: u64, page: u64) -> Option<(u64, u64)> {
+    let start = offset - offset % page;
+    let end = offset.checked_add(bytes)?.checked_next_multiple_of(page)?;
+    Some((start, end - start))
+}
+
 /// Maps a part of a file that another process has, too.
-pub(crate) fn map_file(file: OwnedFd, offset: u64, bytes: u64) -> Result<MmapRegion<()>, BadMemory> {
+pub(crate) fn map_file(file: OwnedFd, offset: u64, bytes: u64) -> Result<Mapped, BadMemory> {
     let cannot = |e: &dyn std::fmt::Display| BadMemory::Map(e.to_string());
-    let length = rustix::fs::fstat(&file).map_err(|e| cannot(&e))?.st_size;
-    let end = offset.checked_add(bytes);
-    if end.is_none_or(|end| i64::try_from(end).is_ok_and(|end| end > length)) {
+    let about = rustix::fs::fstat(&file).map_err(|e| cannot(&e))?;
+    let end = offset.checked_add(bytes).and_then(|end| i64::try_from(end).ok());
+    if end.is_none_or(|end| end > about.st_size) {
         return Err(BadMemory::BeyondFile(offset));
     }
-    let size = usize::try_from(bytes).map_err(|e| cannot(&e))?;
-    MmapRegion::from_file(FileOffset::new(File::from(file), offset), size).map_err(|e| cannot(&e))
+    // Of hugetlbfs this is the size of its pages.
+    let page = u64::try_from(about.st_blksize).unwrap_or(0).max(PAGE_BYTES);
+    let page = if page.is_power_of_two() { page } else { PAGE_BYTES };
+    let (start, length) = span(offset, bytes, page).ok_or(BadMemory::BeyondFile(offset))?;
+    let size = |bytes: u64| usize::try_from(bytes).map_err(|e| cannot(&e));
+    let (ahead, bytes, length) = (size(offset - start)?, size(bytes)?, size(length)?);
+    let whole =
+        MmapRegion::from_file(FileOffset::new(File::from(file), start), length).map_err(|e| cannot(&e))?;
+    // SAFETY: `ahead + bytes` is at most `length` (see `span`), so all of it lies in `whole`, which `Mapped` and `Region` keep
+    // as long as the part.
+    let part =
+        unsafe { MmapRegion::build_raw(whole.as_ptr().add(ahead), bytes, whole.prot(), whole.flags()) };
+    Ok(Mapped { part: part.map_err(|e| cannot(&e))?, whole })
 }
 
 #[cfg(test)]
@@ -228,5 +268,44 @@ pub(crate) mod tests {
         let less = more.without(&third).unwrap();
         assert!(less.copy_from(0x40ffe, &mut [0; 2]).is_err());
         assert!(matches!(less.without(&third), Err(BadMemory::Unknown)));
+        for offset in [1 << 63, i64::MAX as u64, u64::MAX - 0x1000] {
+            let far = VhostUserMemoryRegion::new(0x40000, 0x1000, 0, offset);
+            assert!(matches!(memory.with(&far, memfd(0x1000)), Err(BadMemory::BeyondFile(0x40000))));
+        }
+    }
+
+    #[test]
+    fn whole_pages_are_mapped_whatever_their_size() {
+        assert_eq!(span(0, 4096, 4096), Some((0, 4096)));
+        assert_eq!(span(0x3000, 0x1001, 4096), Some((0x3000, 0x2000)));
+        const HUGE: u64 = 2 << 20;
+        assert_eq!(span(0, 0xa0000, HUGE), Some((0, HUGE)), "the memory below the VGA hole");
+        assert_eq!(span(0xc0000, 2 * HUGE, HUGE), Some((0, 3 * HUGE)));
+        assert_eq!(span(3 * HUGE, HUGE, HUGE), Some((3 * HUGE, HUGE)));
+        assert_eq!(span(u64::MAX - 8, 8, HUGE), None);
+    }
+
+    #[test]
+    fn guest_memory_of_huge_pages_is_taken_from_any_place_on_and_given_back() {
+        const NAME: &str = "kagami-test-huge-guest";
+        const HUGE: u64 = 2 << 20;
+        let mapped = || std::fs::read_to_string("/proc/self/maps").unwrap().matches(NAME).count();
+        let flags = rustix::fs::MemfdFlags::HUGETLB | rustix::fs::MemfdFlags::HUGE_2MB;
+        let Ok(file) = rustix::fs::memfd_create(NAME, flags | rustix::fs::MemfdFlags::CLOEXEC) else {
+            return eprintln!("SKIPPED: this kernel has no huge pages of 2 MiB");
+        };
+        rustix::fs::ftruncate(&file, 4 * HUGE).unwrap();
+        // As QEMU shares the memory around the VGA hole.
+        let low = VhostUserMemoryRegion::new(0, 0xa0000, 0x7000_0000, 0);
+        let high = VhostUserMemoryRegion::new(0xc0000, 3 * HUGE, 0x700c_0000, 0xc0000);
+        let list = vec![(low, file.try_clone().unwrap()), (high, file.try_clone().unwrap())];
+        let memory = Memory::table(list).unwrap();
+        assert_eq!(memory.guest_address(0x700c_0010), Ok(GuestAddress(0xc0010)));
+        assert_eq!(mapped(), 2);
+        let less = memory.without(&low).unwrap();
+        drop(memory);
+        assert_eq!(mapped(), 1);
+        drop(less);
+        assert_eq!(mapped(), 0, "all of it is unmapped");
     }
 }
