@@ -18,6 +18,8 @@ const QUEUES: u16 = 256;
 const SEGMENTS_MAX: u32 = 126;
 /// A larger request is moved in parts of this many bytes, so that a disk that must copy holds no more.
 const PART_BYTES: usize = 8 << 20;
+/// Most bytes of one request: as much as the firmware of a guest, which knows of no limits, asks for at once.
+const REQUEST_BYTES_MAX: usize = 1 << 30;
 /// Most sectors of one range to be discarded or zeroed: 2 GiB.
 const RANGE_SECTORS_MAX: u32 = 1 << 22;
 /// Most ranges of one request.
@@ -228,13 +230,17 @@ impl Blk {
     }
 
     fn check(&self, at: Sector, bytes: usize, writes: bool) -> Result<(), Failed> {
-        if !(bytes as u64).is_multiple_of(SECTOR_BYTES) {
+        if !(bytes as u64).is_multiple_of(SECTOR_BYTES) || bytes > REQUEST_BYTES_MAX {
             return Err(Failed::Malformed);
         }
+        self.check_range(at, bytes as u64 / SECTOR_BYTES, writes)
+    }
+
+    fn check_range(&self, at: Sector, sectors: u64, writes: bool) -> Result<(), Failed> {
         if writes && self.is_read_only() {
             return Err(Failed::Disk(DiskError::ReadOnly));
         }
-        Ok(check_range(self.disk.shape().sectors, at, bytes as u64 / SECTOR_BYTES)?)
+        Ok(check_range(self.disk.shape().sectors, at, sectors)?)
     }
 
     async fn read(&self, at: Sector, chain: &Chain, bytes: usize) -> Result<u32, Failed> {
@@ -283,8 +289,7 @@ impl Blk {
             if range.sectors.get() > RANGE_SECTORS_MAX {
                 return Err(Failed::Malformed);
             }
-            let bytes = range.sectors.get() as usize * SECTOR_BYTES as usize;
-            self.check(Sector(range.sector.get()), bytes, true)?;
+            self.check_range(Sector(range.sector.get()), range.sectors.get().into(), true)?;
         }
         for range in &list {
             let (at, sectors) = (Sector(range.sector.get()), u64::from(range.sectors.get()));
@@ -298,6 +303,8 @@ impl Blk {
 }
 
 impl Device for Blk {
+    const PART_BYTES: usize = PART_BYTES;
+
     fn name(&self) -> &str {
         &self.name
     }

@@ -10,6 +10,7 @@ use smallvec::SmallVec;
 use virtio_queue::desc::split::Descriptor;
 use vm_memory::ByteValued;
 
+use super::budget::Cost;
 use super::memory::{Memory, Outside, Piece};
 
 /// Descriptors of one chain at most, those of an indirect table included: as many as QEMU takes.
@@ -147,6 +148,12 @@ impl Chain {
             next = descriptor.next();
         }
         Err(BadChain::TooLong)
+    }
+
+    /// What it takes of the guest's budget. A device moves no more than `part` bytes of it at a time.
+    pub fn cost(&self, part: usize) -> Cost {
+        let pieces = self.out.list.len() + self.into.list.len();
+        Cost { pieces, bytes: self.out.bytes().saturating_add(self.into.bytes()).min(part) }
     }
 
     /// Copies what the guest sent from byte `from` on; false when that is not there.

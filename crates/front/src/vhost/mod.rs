@@ -12,24 +12,31 @@
 
 mod bell;
 mod blk;
+mod budget;
 mod chain;
 mod dirty;
+mod fuzz;
 mod inflight;
 mod memory;
 mod message;
 mod ring;
 mod server;
 mod session;
+mod signal;
 
 use std::rc::Rc;
 
 use chain::Chain;
 use inflight::Inflight;
 
+pub use fuzz::fuzz_vhost_ring;
 pub use server::{Export, NewExport};
 
 /// What lies behind the rings.
 pub(crate) trait Device: 'static {
+    /// Bytes of a request that are moved at a time.
+    const PART_BYTES: usize;
+
     /// For logs.
     fn name(&self) -> &str;
     /// Its own feature bits.

@@ -5,7 +5,9 @@
 //! ```
 //!
 //! A request under way is never dropped. Its descriptor cannot be taken twice before it is answered, so a queue has no more
-//! requests under way than descriptors, whatever the guest does.
+//! requests under way than descriptors, whatever the guest does; and all queues together no more than the [`Budget`] has room for.
+//!
+//! The front end may take the memory away that the rings lie in, and give it back: so long nothing is taken, and answers wait.
 
 use std::cell::{Cell, RefCell};
 use std::os::fd::OwnedFd;
@@ -22,10 +24,12 @@ use vm_memory::{Bytes, GuestAddress};
 
 use super::Device;
 use super::bell::Bell;
+use super::budget::{Budget, Cost};
 use super::chain::{BadChain, Chain};
 use super::dirty::Log;
 use super::inflight::{Inflight, Tracked};
 use super::memory::{Memory, Outside};
+use crate::wire::first_of;
 
 /// Descriptors of one queue at most.
 pub(crate) const SIZE_MAX: u16 = 1024;
@@ -60,7 +64,13 @@ pub(crate) struct Shared<D> {
     pub logging: Cell<bool>,
     pub event_idx: Cell<bool>,
     pub inflight: RefCell<Option<Rc<Inflight>>>,
+    budget: Budget,
+    /// How often it was complained about this front end.
+    complaints: Cell<u32>,
 }
+
+/// Complaints about one front end that are logged: it could fill a disk with them.
+const COMPLAINTS_MAX: u32 = 20;
 
 impl<D> Shared<D> {
     pub fn new(device: Rc<D>) -> Rc<Self> {
@@ -71,7 +81,16 @@ impl<D> Shared<D> {
             logging: Cell::new(false),
             event_idx: Cell::new(false),
             inflight: RefCell::default(),
+            budget: Budget::default(),
+            complaints: Cell::new(0),
         })
+    }
+
+    /// Whether another complaint is worth a line of the log.
+    pub fn may_complain(&self) -> bool {
+        let count = self.complaints.get();
+        self.complaints.set(count.saturating_add(1));
+        count < COMPLAINTS_MAX
     }
 
     pub fn memory(&self) -> Rc<Memory> {
@@ -80,6 +99,11 @@ impl<D> Shared<D> {
 
     pub fn set_memory(&self, memory: Rc<Memory>) {
         *self.memory.borrow_mut() = memory;
+    }
+
+    /// No request is under way.
+    pub fn is_idle(&self) -> bool {
+        self.budget.is_whole()
     }
 
     fn log(&self) -> Option<Rc<Log>> {
@@ -115,6 +139,12 @@ pub(crate) struct Ring<D> {
     enabled: Cell<bool>,
     /// Stopped for good, until it is set up again.
     broken: Cell<bool>,
+    /// Its rings are in guest memory.
+    placed: Cell<bool>,
+    /// Answers that wait until the rings are in memory again, with the number of bytes written to the guest.
+    held: RefCell<Vec<(Chain, u32)>>,
+    /// What the next request takes, for which there was no room.
+    starved: Cell<Option<Cost>>,
     closed: Cell<bool>,
     taken: RefCell<Vec<bool>>,
     under_way: Cell<u16>,
@@ -142,6 +172,9 @@ impl<D: Device> Ring<D> {
             error: RefCell::default(),
             enabled: Cell::new(false),
             broken: Cell::new(false),
+            placed: Cell::new(true),
+            held: RefCell::default(),
+            starved: Cell::new(None),
             closed: Cell::new(false),
             taken: RefCell::default(),
             under_way: Cell::new(0),
@@ -181,22 +214,31 @@ impl<D: Device> Ring<D> {
     }
 
     /// Where its rings are. May come again while it runs, to switch logging.
-    pub fn set_addresses(&self, addresses: Addresses) -> Result<(), Broken> {
+    pub fn set_addresses(self: &Rc<Self>, addresses: Addresses) -> Result<(), Broken> {
         self.addresses.set(Some(addresses));
         self.place()
     }
 
-    /// Finds the rings in memory as it is now.
-    pub fn place(&self) -> Result<(), Broken> {
-        let Some(queue) = &mut *self.queue.borrow_mut() else { return Ok(()) };
-        self.place_queue(queue)
-    }
-
-    /// Memory has changed: a ring that is not in it any more stops.
-    pub fn replace(&self) {
-        if let Err(broken) = self.place() {
-            self.break_down(&broken);
+    /// Finds the rings in memory as it is now. Where they are not in it the queue rests until they are again: a front
+    /// end may exchange memory piece by piece.
+    pub fn place(self: &Rc<Self>) -> Result<(), Broken> {
+        let found = match &mut *self.queue.borrow_mut() {
+            Some(queue) => self.place_queue(queue),
+            None => return Ok(()),
+        };
+        if self.placed.replace(found.is_ok()) != found.is_ok() {
+            match &found {
+                Ok(()) => {
+                    self.held.take().into_iter().for_each(|(chain, written)| self.answer(chain, written))
+                }
+                Err(why) => {
+                    let (device, queue) = (self.shared.device.name(), self.index);
+                    tracing::debug!(device, queue, %why, "a queue rests");
+                }
+            }
+            self.change();
         }
+        found
     }
 
     fn place_queue(&self, queue: &mut Queue) -> Result<(), Broken> {
@@ -211,9 +253,7 @@ impl<D: Device> Ring<D> {
     /// Whom to wake about answers.
     pub fn set_call(self: &Rc<Self>, call: Option<Bell>) {
         *self.call.borrow_mut() = call;
-        if self.is_started() {
-            self.plan_call(); // what was answered while there was nobody to be told
-        }
+        self.call_anyway();
     }
 
     /// Whom to tell that the queue was stopped.
@@ -233,6 +273,7 @@ impl<D: Device> Ring<D> {
             self.broken.set(false);
             let queue = self.set_up()?;
             *self.queue.borrow_mut() = Some(queue);
+            self.placed.set(true);
         }
         *self.kick.borrow_mut() = Some(Rc::new(Watched::new(kick)));
         if self.task.borrow().is_none() {
@@ -240,6 +281,7 @@ impl<D: Device> Ring<D> {
             *self.task.borrow_mut() = Some(lane::spawn(async move { ring.run().await }));
         }
         self.change();
+        self.call_anyway();
         Ok(())
     }
 
@@ -288,7 +330,9 @@ impl<D: Device> Ring<D> {
 
     /// Waits until everything taken is answered; after [`Ring::close`] nothing of it is left.
     pub async fn idle(&self) {
-        self.changed.until(|| (self.under_way.get() == 0).then_some(())).await;
+        let held = || self.held.borrow().len();
+        self.changed.until(|| (usize::from(self.under_way.get()) == held()).then_some(())).await;
+        self.lose_held();
         if self.closed.get() {
             let task = self.task.borrow_mut().take();
             if let Some(task) = task {
@@ -298,8 +342,18 @@ impl<D: Device> Ring<D> {
         }
     }
 
+    /// Answers for rings that are gone reach nobody. Where requests are tracked, they are done again.
+    fn lose_held(&self) {
+        let held = self.held.take();
+        if !held.is_empty() && self.shared.may_complain() {
+            let (device, queue, count) = (self.shared.device.name(), self.index, held.len());
+            tracing::warn!(device, queue, count, "answers were lost: the memory of the rings was taken away");
+        }
+        held.into_iter().for_each(|(chain, _)| self.free(&chain));
+    }
+
     fn active(&self) -> Option<Rc<Watched>> {
-        let may = self.enabled.get() && !self.broken.get() && self.is_started();
+        let may = self.enabled.get() && !self.broken.get() && self.placed.get() && self.is_started();
         if may { self.kick.borrow().clone() } else { None }
     }
 
@@ -325,8 +379,14 @@ impl<D: Device> Ring<D> {
         }
     }
 
-    /// Waits for the guest, or for a change.
+    /// Waits for the guest, or for a change; after [`Ring::take`] found no room, for room.
     async fn hear(&self, kick: &Watched, epoch: u64) -> Result<(), Broken> {
+        if let Some(cost) = self.starved.get() {
+            let (budget, changed) = (&self.shared.budget, || self.epoch.get() != epoch);
+            let room = budget.freed.until(|| self.has_room(cost).then_some(()));
+            first_of(room, self.changed.until(|| changed().then_some(()))).await;
+            return Ok(());
+        }
         let mut rung = pin!(kick.readable());
         let mut changed = self.changed.until(|| (self.epoch.get() != epoch).then_some(()));
         let ready = std::future::poll_fn(|cx| match rung.as_mut().poll(cx) {
@@ -341,21 +401,28 @@ impl<D: Device> Ring<D> {
 
     /// Stops the queue; what was taken is still answered.
     fn break_down(&self, why: &Broken) {
-        tracing::warn!(device = self.shared.device.name(), queue = self.index, %why, "a queue was stopped");
+        if self.shared.may_complain() {
+            tracing::warn!(device = self.shared.device.name(), queue = self.index, %why, "a queue was stopped");
+        }
         self.broken.set(true);
         if let Some(error) = &*self.error.borrow() {
             error.ring();
         }
     }
 
-    /// Takes everything that is available.
+    /// Takes everything that is available, as far as there is room for it.
     fn take(self: &Rc<Self>) -> Result<(), Broken> {
+        self.starved.set(None);
         let memory = self.shared.memory();
         let mut queue = self.queue.borrow_mut();
         let Some(queue) = &mut *queue else { return Ok(()) };
         let table = queue.desc_table();
-        for head in std::mem::take(&mut *self.left.borrow_mut()) {
-            self.begin(&memory, table, head, true)?;
+        loop {
+            let Some(head) = self.left.borrow().first().copied() else { break };
+            if !self.begin(&memory, table, head, true)? {
+                return Ok(());
+            }
+            self.left.borrow_mut().remove(0);
         }
         if self.shared.device.is_lazy(self.index) {
             queue.enable_notification(memory.map())?;
@@ -365,8 +432,13 @@ impl<D: Device> Ring<D> {
             queue.disable_notification(memory.map())?;
             let heads: SmallVec<[u16; 64]> =
                 queue.iter(memory.map())?.map(|chain| chain.head_index()).collect();
-            for head in heads {
-                self.begin(&memory, table, head, false)?;
+            for (place, head) in heads.iter().enumerate() {
+                if !self.begin(&memory, table, *head, false)? {
+                    let rest = heads.len() - place; // no more than descriptors
+                    queue.set_next_avail(queue.next_avail().wrapping_sub(rest as u16));
+                    self.log_used();
+                    return Ok(());
+                }
             }
             if !queue.enable_notification(memory.map())? {
                 break;
@@ -376,22 +448,45 @@ impl<D: Device> Ring<D> {
         Ok(())
     }
 
-    /// Takes one chain and begins to serve it.
-    fn begin(self: &Rc<Self>, memory: &Rc<Memory>, table: u64, head: u16, again: bool) -> Result<(), Broken> {
-        let chain = self.occupy(memory, table, head, again)?;
+    /// Takes one chain and begins to serve it; false when there is no room for it.
+    fn begin(
+        self: &Rc<Self>,
+        memory: &Rc<Memory>,
+        table: u64,
+        head: u16,
+        again: bool,
+    ) -> Result<bool, Broken> {
+        let Some(chain) = self.occupy(memory, table, head, again)? else { return Ok(false) };
         let ring = Rc::clone(self);
         drop(lane::spawn(async move {
             let written = ring.shared.device.serve(ring.index, &chain).await;
-            ring.answer(&chain, written);
+            ring.answer(chain, written);
         }));
-        Ok(())
+        Ok(true)
     }
 
-    fn occupy(&self, memory: &Rc<Memory>, table: u64, head: u16, again: bool) -> Result<Chain, Broken> {
+    /// There is room for a request: a queue that has nothing under way need not ask.
+    fn has_room(&self, cost: Cost) -> bool {
+        self.under_way.get() == 0 || self.shared.budget.fits(cost)
+    }
+
+    fn occupy(
+        &self,
+        memory: &Rc<Memory>,
+        table: u64,
+        head: u16,
+        again: bool,
+    ) -> Result<Option<Chain>, Broken> {
         let mut taken = self.taken.borrow_mut();
         let place = taken.get_mut(usize::from(head)).filter(|taken| !**taken).ok_or(Broken::Head(head))?;
         let chain =
             Chain::follow(memory, table, self.size.get(), head).map_err(|bad| Broken::Chain(head, bad))?;
+        let cost = chain.cost(D::PART_BYTES);
+        if !self.has_room(cost) {
+            self.starved.set(Some(cost));
+            return Ok(None);
+        }
+        self.shared.budget.take(cost);
         *place = true;
         self.under_way.set(self.under_way.get() + 1);
         if let Some(tracked) = &mut *self.tracked.borrow_mut()
@@ -399,15 +494,19 @@ impl<D: Device> Ring<D> {
         {
             tracked.begin(head);
         }
-        Ok(chain)
+        Ok(Some(chain))
     }
 
     /// Puts an answer into the used ring, with the number of bytes written to the guest.
-    fn answer(self: &Rc<Self>, chain: &Chain, written: u32) {
+    fn answer(self: &Rc<Self>, chain: Chain, written: u32) {
         if let Some(log) = self.shared.log() {
             for piece in chain.into.list() {
                 log.mark(piece.at, u64::from(piece.length));
             }
+        }
+        if !self.placed.get() {
+            self.held.borrow_mut().push((chain, written));
+            return self.changed.wake_all();
         }
         if let Some(tracked) = &*self.tracked.borrow() {
             tracked.answering(chain.head);
@@ -428,14 +527,20 @@ impl<D: Device> Ring<D> {
             }
             Err(error) => self.break_down(&error.into()),
         }
-        if let Some(taken) = self.taken.borrow_mut().get_mut(usize::from(chain.head)) {
-            *taken = false;
-        }
-        self.under_way.set(self.under_way.get() - 1);
+        self.free(&chain);
         self.plan_call();
         if self.under_way.get() == 0 {
             self.changed.wake_all();
         }
+    }
+
+    /// The request is over: its descriptor may come again, and others have its room.
+    fn free(&self, chain: &Chain) {
+        if let Some(taken) = self.taken.borrow_mut().get_mut(usize::from(chain.head)) {
+            *taken = false;
+        }
+        self.under_way.set(self.under_way.get() - 1);
+        self.shared.budget.give_back(chain.cost(D::PART_BYTES));
     }
 
     /// Our own writes to the used ring are writes to guest memory, too.
@@ -457,8 +562,19 @@ impl<D: Device> Ring<D> {
         }));
     }
 
+    /// Wakes the guest whatever it wants. There may be answers that it was never called for: of a daemon that was killed before it
+    /// could, or by a bell that was exchanged.
+    fn call_anyway(&self) {
+        if let Some(call) = &*self.call.borrow() {
+            call.ring();
+        }
+    }
+
     /// Wakes the guest if it wants to be.
     fn call(&self) {
+        if !self.placed.get() {
+            return; // planned again with the answers
+        }
         let wanted = match &mut *self.queue.borrow_mut() {
             Some(queue) => self.wants_call(queue),
             None => return,

@@ -12,7 +12,7 @@ use vhost::vhost_user::message::{
 use vm_memory::ByteValued;
 
 use super::Device;
-use super::bell::Bell;
+use super::bell::{self, Bell};
 use super::dirty::Log;
 use super::inflight::Inflight;
 use super::memory::{Memory, REGIONS_MAX};
@@ -109,7 +109,9 @@ impl<D: Device> Session<D> {
         while let Some(mut message) = self.channel.receive().await? {
             let code = message.code()?;
             let outcome = self.obey(code, &mut message).await;
-            if let Err(error) = &outcome {
+            if let Err(error) = &outcome
+                && self.shared.may_complain()
+            {
                 tracing::warn!(device = self.shared.device.name(), %error, "a front end was refused");
             }
             let acknowledged =
@@ -187,6 +189,10 @@ impl<D: Device> Session<D> {
             ring.enable(false);
             ring.stop().await;
         }
+        // What was kept is about a guest that is no more: the next one brings its own, or this, which says nothing then.
+        if let Some(kept) = self.shared.inflight.take() {
+            kept.forget();
+        }
         self.set_features(0);
         self.shared.device.begin();
         Ok(Answer::Done)
@@ -256,6 +262,7 @@ impl<D: Device> Session<D> {
         let refused = |why: String| Broken::Refused(code, why);
         if code == FrontendReq::SET_VRING_KICK {
             let kick = file.ok_or_else(|| refused("rings without a kick are not polled here".into()))?;
+            bell::must_be_eventfd(&kick).map_err(|e| refused(format!("no eventfd: {e}")))?;
             if self.features.get() & VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits() == 0 {
                 ring.enable(true);
             }
@@ -298,7 +305,7 @@ impl<D: Device> Session<D> {
         };
         self.shared.set_memory(new);
         for ring in self.all_rings() {
-            ring.replace();
+            let _ = ring.place(); // one that is not in it rests, and says so
         }
         Ok(Answer::Done)
     }

@@ -327,6 +327,7 @@ fn a_batch_wakes_the_guest_once_or_not_at_all_when_it_does_not_want_to_be() {
     let place = Place::new("calls");
     let server = serve(&place);
     let mut guest = Guest::connect(&place.socket(), Setup { features: !EVENT_IDX, ..Setup::default() });
+    let _ = guest.queues[0].call.read(); // the set-up rings
     let available = guest.queues[0].available();
     guest.memory.write(available, &1u16.to_le_bytes()); // VIRTQ_AVAIL_F_NO_INTERRUPT
     let head = guest.request(0, 0, READ, 0, &[(DATA, 512, true)]);

@@ -2,5 +2,7 @@
 #![allow(clippy::unwrap_used)] // a test may
 
 mod blk;
+mod fuzz;
 mod guest;
 mod hostile;
+mod life;
