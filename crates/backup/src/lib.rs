@@ -48,6 +48,7 @@ pub use error::Error;
 pub use manifest::{BackupId, Cut, DiskRecord, FileRecord, Label, Manifest, Mode, Tracking, fuzz_manifest};
 pub use progress::Progress;
 pub use prune::Pruned;
+pub use reader::Reads;
 pub use repair::Repaired;
 pub use repository::{Listed, Options, Repository};
 pub use restore::Restored;

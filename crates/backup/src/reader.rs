@@ -5,6 +5,7 @@ use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use crate::Error;
@@ -37,6 +38,24 @@ impl std::ops::Deref for Content {
     }
 }
 
+/// What reading has cost so far.
+#[derive(Copy, Clone, PartialEq, Eq, Debug, Default)]
+pub struct Reads {
+    /// Chunks that were asked for, nodes of trees among them.
+    pub chunks: u64,
+    /// Bytes read from packs.
+    pub bytes: u64,
+    /// Packs opened.
+    pub packs: u64,
+}
+
+#[derive(Default)]
+struct Counters {
+    chunks: AtomicU64,
+    bytes: AtomicU64,
+    packs: AtomicU64,
+}
+
 /// Unpacked frames by pack and offset.
 type Frames = Cache<(u64, u32), Arc<Vec<u8>>>;
 
@@ -47,6 +66,7 @@ pub(crate) struct Reader {
     files: Mutex<Cache<u64, Arc<File>>>,
     frames: Mutex<Frames>,
     nodes: Mutex<Cache<ChunkId, Arc<Node>>>,
+    counters: Counters,
 }
 
 fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -61,7 +81,15 @@ impl Reader {
             files: Mutex::new(Cache::new(OPEN_PACKS)),
             frames: Mutex::new(Cache::new(FRAME_CACHE_BYTES)),
             nodes: Mutex::new(Cache::new(NODE_CACHE_BYTES)),
+            counters: Counters::default(),
         }
+    }
+
+    /// What reading has cost so far.
+    pub fn reads(&self) -> Reads {
+        let Counters { chunks, bytes, packs } = &self.counters;
+        let now = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        Reads { chunks: now(chunks), bytes: now(bytes), packs: now(packs) }
     }
 
     /// The content of a chunk, its hash checked. A chunk that a prune has moved is looked for again.
@@ -89,6 +117,7 @@ impl Reader {
 
     /// Reads one place and compares the hash.
     pub fn read(&self, id: &ChunkId, at: &Location) -> Result<Content, Error> {
+        self.counters.chunks.fetch_add(1, Ordering::Relaxed);
         let (inside, length) = (at.inside_at as usize, at.length as usize);
         let content = if at.frame_stored == at.frame_raw {
             let start = u64::from(at.frame_at) + u64::from(at.inside_at);
@@ -138,10 +167,12 @@ impl Reader {
             Some(file) => file,
             None => {
                 let file = Arc::new(self.store.open(&name)?);
+                self.counters.packs.fetch_add(1, Ordering::Relaxed);
                 locked(&self.files).put(pack, Arc::clone(&file), 1);
                 file
             }
         };
+        self.counters.bytes.fetch_add(length as u64, Ordering::Relaxed);
         let mut bytes = vec![0; length];
         file.read_exact_at(&mut bytes, at).map_err(|e| match e.kind() {
             io::ErrorKind::UnexpectedEof => {

@@ -12,7 +12,7 @@ use crate::format::{AREA_BYTES, MAX_FILE_BYTES, MAX_MANIFEST_BYTES, REPOSITORY_M
 use crate::index::Index;
 use crate::manifest::{BackupId, MANIFESTS, Manifest};
 use crate::pack::PACKS;
-use crate::reader::Reader;
+use crate::reader::{Reader, Reads};
 use crate::segment::INDEX;
 use crate::session::{Session, WriterLock};
 use crate::store::{Store, Watch, temporary};
@@ -103,6 +103,11 @@ impl Repository {
     /// The repository's identity.
     pub fn id(&self) -> Uuid {
         self.inner.id
+    }
+
+    /// What reading through this handle has cost so far.
+    pub fn reads(&self) -> Reads {
+        self.inner.reader.reads()
     }
 
     /// Becomes the writer, or says who is. `doing` is shown to others.

@@ -5,7 +5,7 @@ mod common;
 
 use std::rc::Rc;
 
-use backup::{Audit, Depth, Error, Mode, Options, Progress, Repository, Tracking, Trust};
+use backup::{Audit, Depth, Error, Manifest, Mode, Options, Progress, Reads, Repository, Tracking, Trust};
 use block::decorate::{Decorated, Fail, Operation};
 use block::{Disk, MemoryDisk, Sector, SegmentsMut};
 use common::{Noise, Scratch, TrackedDisk, directory_bytes, plan, source};
@@ -183,6 +183,85 @@ fn r46_an_audit_finds_a_change_that_was_not_told_of() {
     assert_eq!((still.disks[0].mode, &still.disks[0].tracking), (Mode::Full, &off));
     let again = sealed(Some(still.id), Trust::Again);
     assert_eq!((again.disks[0].mode, &again.disks[0].tracking), (Mode::Incremental, &Tracking::Trusted));
+}
+
+#[test]
+fn r46_the_audit_has_a_limit_and_is_all_that_is_read_beside_what_changed() {
+    let scratch = Scratch::new("r46-limit");
+    let repository = Repository::create(&scratch.join("repo"), Options::default()).unwrap();
+    let mut noise = Noise::new(14);
+    let disk = TrackedDisk::new((32 << 20) / 512);
+    disk.put(0, &noise.bytes(32 << 20));
+    let sealed = |base| {
+        let (cut, frozen) = (disk.cut(), disk.freeze());
+        let mut plan = plan(vec![source("d", Rc::clone(&frozen) as _, Some(cut))], base);
+        plan.audit = Audit { share: 1.0, limit_bytes: 8 << 20, seed: Some([1; 32]) };
+        let sealed = lane::block_on(repository.backup(plan, &Progress::new())).unwrap();
+        (sealed, frozen.read_bytes.get())
+    };
+    let (base, _) = sealed(None);
+    for block in [3, 4, 5000] {
+        disk.put(block, &noise.bytes(4096));
+    }
+    let (next, read) = sealed(Some(base.id));
+    let d = &next.disks[0];
+    assert_eq!((d.mode, d.changed_bytes), (Mode::Incremental, 3 * 4096));
+    assert!((4 << 20) < d.audited_bytes && d.audited_bytes <= 8 << 20, "{} bytes", d.audited_bytes);
+    assert_eq!((d.read_bytes, read), (d.changed_bytes + d.audited_bytes, d.read_bytes));
+    // Unless somebody says otherwise: one in a thousand, a GiB of each disk at most.
+    let usual = Audit::default();
+    assert_eq!((usual.share, usual.limit_bytes), (0.001, 1 << 30));
+}
+
+/// Restores through a handle of its own: what that reads.
+fn cost_of_restore(path: &std::path::Path, manifest: &Manifest, expected: &[u8]) -> Reads {
+    let repository = Repository::open(path, Options::default()).unwrap();
+    let target = Rc::new(MemoryDisk::new(expected.len() as u64 / 512));
+    let progress = Progress::new();
+    lane::block_on(repository.restore_into(manifest, "d", Rc::clone(&target) as _, false, &progress))
+        .unwrap();
+    assert!(target.to_bytes() == *expected);
+    repository.reads()
+}
+
+/// A backup is a tree of its own, not the end of a chain: forty backups later the same is read.
+#[test]
+fn a_restore_costs_the_same_at_any_length_of_the_chain() {
+    let scratch = Scratch::new("chain");
+    let path = scratch.join("repo");
+    let repository = Repository::create(&path, Options::default()).unwrap();
+    let mut noise = Noise::new(15);
+    let disk = TrackedDisk::new((16 << 20) / 512);
+    disk.put(0, &noise.bytes(16 << 20));
+    let mut kept: Vec<(Manifest, Vec<u8>)> = Vec::new();
+    let seal = |kept: &mut Vec<(Manifest, Vec<u8>)>| {
+        let cut = disk.cut();
+        let plan = plan(vec![source("d", disk.freeze() as _, Some(cut))], kept.last().map(|(m, _)| m.id));
+        let sealed = lane::block_on(repository.backup(plan, &Progress::new())).unwrap();
+        assert_eq!(sealed.base.is_some(), sealed.disks[0].mode == Mode::Incremental);
+        kept.push((sealed, disk.to_bytes()));
+    };
+    seal(&mut kept);
+    // The same places each time: the last one differs from the first in its content and in nothing else.
+    for _ in 0..40 {
+        for place in 0..20 {
+            disk.put(place * 200 + 7, &noise.bytes(4096));
+        }
+        seal(&mut kept);
+    }
+    let cost = |(manifest, bytes): &(Manifest, Vec<u8>)| cost_of_restore(&path, manifest, bytes);
+    let (first, last) = (cost(&kept[1]), cost(&kept[40]));
+    assert_eq!((first.chunks, first.packs), (last.chunks, last.packs), "{first:?} {last:?}");
+    assert!(first.bytes.abs_diff(last.bytes) <= 4096, "{first:?} {last:?}");
+    assert!(last.packs <= 2, "the full one's pack and its own: {last:?}");
+    // Other places each time: a piece for each that was changed since, read with the frame that it lies in, here of some 60 KB.
+    for round in 0..40 {
+        disk.put(round * 90 + 50, &noise.bytes(4096));
+        seal(&mut kept);
+    }
+    let scattered = cost(&kept[80]);
+    assert!(scattered.bytes <= last.bytes + 40 * (64 << 10), "{last:?} {scattered:?}");
+    assert!(scattered.chunks <= last.chunks + 2 * 40 && scattered.packs <= 2 + 40, "{last:?} {scattered:?}");
 }
 
 #[test]
