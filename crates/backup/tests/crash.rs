@@ -10,7 +10,7 @@ use std::rc::Rc;
 use backup::{BackupId, Depth, Error, Options, Progress, Repository};
 use block::{Disk, Sector, SegmentsMut};
 use common::power::{Believe, Image, Recorded, Recorder, cut, failing, image_of, materialise};
-use common::{Noise, Scratch, TrackedDisk, plan, source};
+use common::{Noise, Scratch, TrackedDisk, directory_bytes, plan, source};
 
 const PACK_BYTES: u64 = 96 << 10;
 
@@ -134,8 +134,75 @@ fn check(work: &Workload, path: &Path, at: usize, recorder: Option<&Recorder>) -
     }
 }
 
+/// No manifest, no backup: until it is there nothing is listed and nothing can be restored, and what was stored goes.
 #[test]
-fn crash_between_any_two_changes_of_the_directory() {
+fn i6_crash_before_the_manifest_leaves_no_backup_and_prune_collects_what_was_stored() {
+    let scratch = Scratch::new("power-i6");
+    let work = workload(&scratch.join("repo"));
+    let place = scratch.join("cut");
+    let first = &work.lives[0];
+    let (mut without, mut most_bytes) = (0, 0);
+    for at in work.created..=first.sealed {
+        for seed in seeds(2) {
+            let image = cut(&Image::new(), &work.changes[..at], seed * 100_000 + at as u64, Believe::All);
+            materialise(&image, &place);
+            let repository = Repository::open(&place, options(None)).unwrap();
+            if !repository.list().unwrap().is_empty() {
+                assert!(at > first.begun);
+                assert!(content(&repository, first.id).unwrap() == first.bytes, "KAGAMI_SEED={seed}");
+                continue;
+            }
+            assert!(at < first.sealed, "sealed, and not there; KAGAMI_SEED={seed}");
+            without += 1;
+            most_bytes = most_bytes.max(directory_bytes(&place));
+            assert!(matches!(repository.manifest(first.id), Err(Error::NoBackup { .. })));
+            for word in [first.id.to_string(), "latest".into(), "vm@latest".into()] {
+                assert!(matches!(repository.resolve(&word), Err(Error::NoBackup { .. })), "{word}");
+            }
+            repository.prune(false, &Progress::new()).unwrap();
+            let left = directory_bytes(&place);
+            assert!(left < 16 << 10, "cut before change {at}: {left} bytes stay; KAGAMI_SEED={seed}");
+        }
+    }
+    assert!(without > 20 && most_bytes > 200 << 10, "{without} cuts, at most {most_bytes} bytes stored");
+}
+
+/// A sealed backup is the disk at its cut, whatever was written meanwhile and wherever power was lost later: compared
+/// byte by byte with what was frozen, and by the hashes in its tree.
+#[test]
+fn i7_crash_after_the_seal_leaves_the_disk_as_it_was_at_the_cut() {
+    let scratch = Scratch::new("power-i7");
+    let work = workload(&scratch.join("repo"));
+    let place = scratch.join("cut");
+    let mut proved = 0;
+    for (number, life) in work.lives.iter().enumerate() {
+        // The change that seals it, and those behind it.
+        for at in (life.sealed..work.changes.len().min(life.sealed + 12)).filter(|at| *at < life.removing) {
+            for seed in seeds(2) {
+                let image = cut(&Image::new(), &work.changes[..at], seed * 100_000 + at as u64, Believe::All);
+                materialise(&image, &place);
+                let repository = Repository::open(&place, options(None)).unwrap();
+                let manifest = repository.manifest(life.id).unwrap();
+                let report = repository.verify(life.id, Depth::Deep, &Progress::new()).unwrap();
+                assert!(report.is_clean(), "backup {number}, cut {at}; KAGAMI_SEED={seed}");
+                let compare = |bytes: &[u8]| {
+                    let frozen = Rc::new(block::MemoryDisk::from_bytes(bytes));
+                    let progress = Progress::new();
+                    lane::block_on(repository.compare(&manifest, "d", frozen, &progress)).unwrap()
+                };
+                assert_eq!(compare(&life.bytes), None, "backup {number}, cut {at}; KAGAMI_SEED={seed}");
+                let mut other = life.bytes.clone();
+                other[777_777] ^= 1;
+                assert_eq!(compare(&other), Some(777_777));
+                proved += 1;
+            }
+        }
+    }
+    assert!(proved >= 3 * work.lives.len(), "{proved}");
+}
+
+#[test]
+fn i6_i7_crash_between_any_two_changes_of_the_directory() {
     let scratch = Scratch::new("power");
     let work = workload(&scratch.join("repo"));
     println!("{} changes", work.changes.len());
@@ -156,7 +223,7 @@ fn crash_between_any_two_changes_of_the_directory() {
 }
 
 #[test]
-fn crash_again_while_recovering() {
+fn i6_i7_crash_again_while_recovering() {
     let scratch = Scratch::new("power-again");
     let work = workload(&scratch.join("repo"));
     let place = scratch.join("cut");
