@@ -122,15 +122,15 @@ impl Passing for Delay {
     }
 }
 
-/// Holds reads to a rate, so that a long copy leaves the medium to others. Any number may be under way: each waits for
-/// its turn on one clock.
+/// Holds reads and writes to a rate, so that a long copy leaves the medium to others. Any number may be under way: each
+/// waits for its turn on one clock.
 pub struct Pace {
     bytes_per_second: u64,
     next: Cell<std::time::Instant>,
 }
 
 impl Pace {
-    /// At most so many bytes a second are read (at least one).
+    /// At most so many bytes a second are read and written (at least one).
     pub fn new(bytes_per_second: u64) -> Self {
         Self { bytes_per_second: bytes_per_second.max(1), next: Cell::new(lane::now()) }
     }
@@ -139,7 +139,7 @@ impl Pace {
 impl Passing for Pace {
     fn before(&self, operation: Operation, _at: Sector, count: u64) -> Io<'_> {
         Box::pin(async move {
-            if operation == Operation::Read {
+            if matches!(operation, Operation::Read | Operation::Write) {
                 let bytes = count.saturating_mul(SECTOR_BYTES) as f64;
                 let turn = self.next.get().max(lane::now());
                 self.next.set(turn + Duration::from_secs_f64(bytes / self.bytes_per_second as f64));
