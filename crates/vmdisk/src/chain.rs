@@ -2,11 +2,13 @@
 
 use std::rc::Rc;
 
-use block::DiskError;
+use block::{Disk, DiskError, SECTOR_BYTES, Sector, SegmentsMut};
 
 use crate::claims::InUse;
-use crate::descriptor::{Cid, Descriptor, DescriptorError, NO_PARENT};
-use crate::folder::{Folder, FolderError, parent_path};
+use crate::descriptor::{
+    Access, Cid, CreateType, Descriptor, DescriptorError, ExtentKind, ExtentLine, NO_PARENT, NewDescriptor,
+};
+use crate::folder::{Folder, FolderError, MAX_TEXT_BYTES, file_name, parent_path};
 use crate::rdm::{IdentityError, ResolveError};
 use crate::redo::RedoError;
 use crate::sesparse::SeSparseError;
@@ -126,7 +128,7 @@ pub enum ChainError {
         source: ResolveError,
     },
     /// A mapping's identity cannot be read.
-    #[error("{path}: {source}; `kagami rdm scan` can rebuild it")]
+    #[error("{path}: {source}{}", if source.is_newer() { "" } else { "; `kagami rdm scan` can rebuild it" })]
     Identity {
         /// The mapping's descriptor.
         path: String,
@@ -179,17 +181,51 @@ impl Survey {
     }
 }
 
-/// Reads and parses a descriptor.
+/// Reads and parses a descriptor. A disk of ESX 2 gets the one that it never had.
 pub async fn load_descriptor(
     folder: &dyn Folder,
     path: &str,
     named_by: Option<&str>,
 ) -> Result<Descriptor, ChainError> {
-    let bytes = folder.read_text(path).await.map_err(|error| match error {
-        FolderError::NotFound { path } => ChainError::Missing { path, named_by: named_by.map(str::to_owned) },
-        other => other.into(),
-    })?;
-    Descriptor::parse(&bytes).map_err(|source| ChainError::Descriptor { path: path.to_owned(), source })
+    let error = match folder.read_text(path).await {
+        Ok(bytes) => match Descriptor::parse(&bytes) {
+            Ok(descriptor) => return Ok(descriptor),
+            Err(source) => ChainError::Descriptor { path: path.to_owned(), source },
+        },
+        Err(FolderError::NotFound { path }) => {
+            return Err(ChainError::Missing { path, named_by: named_by.map(str::to_owned) });
+        }
+        Err(error) => error.into(),
+    };
+    esx2_disk(folder, path).await.ok_or(error)
+}
+
+/// What formats begin with whose files are as long as disks.
+const FIRST_BYTES: [&[u8]; 4] = [b"COWD", b"KDMV", &[0xbe, 0xba, 0xfe, 0xca], b"# Disk"];
+
+/// A file that is too long for a descriptor and is nothing else that we know: the disk of ESX 2, which was its data alone
+/// (R8). It is read, never written: it has no place for a CID.
+async fn esx2_disk(folder: &dyn Folder, path: &str) -> Option<Descriptor> {
+    let data = folder.open(path, true).await.ok()?;
+    let sectors = data.shape().sectors;
+    if sectors <= MAX_TEXT_BYTES / SECTOR_BYTES {
+        return None;
+    }
+    let mut first = lane::Buffer::zeroed(SECTOR_BYTES as usize);
+    data.read(Sector(0), &SegmentsMut::new(&mut first)).await.ok()?;
+    if FIRST_BYTES.iter().any(|magic| first.starts_with(magic)) {
+        return None;
+    }
+    let extent = ExtentLine {
+        access: Access::ReadOnly,
+        sectors,
+        kind: ExtentKind::Vmfs,
+        file: file_name(path).to_owned(),
+        offset: 0,
+    };
+    let (cid, create_type) = (Cid(0xffff_fffe), CreateType::Vmfs);
+    Descriptor::new(&NewDescriptor { cid, parent: None, create_type, extents: vec![extent], ddb: vec![] })
+        .ok()
 }
 
 /// Walks down from `path` and checks every link against its parent (R14).

@@ -12,7 +12,7 @@ use crate::descriptor::{
 };
 use crate::disk::THIN_KEY;
 use crate::folder::{Folder, Provision, directory, file_name, sibling};
-use crate::rdm::{Copies, Identity, LunIdentity, Mapping, Mode};
+use crate::rdm::{Copies, Identity, IdentityError, LunIdentity, Mapping, Mode, same_lun};
 use crate::switch::remove_link;
 
 /// Makes a flat disk of `sectors` sectors: `name.vmdk` and `name-flat.vmdk`.
@@ -145,7 +145,7 @@ pub async fn read_copies(folder: &Rc<dyn Folder>, path: &str) -> Result<Copies, 
     let extent = sibling(path, &descriptor.extents()[0].file)?;
     let inode = match folder.read_mapping(&extent).await {
         Ok(mapping) => mapping.identity(mode),
-        Err(crate::FolderError::NotFound { .. }) => Err(crate::rdm::IdentityError::None),
+        Err(crate::FolderError::NotFound { .. }) => Err(IdentityError::None),
         Err(error) => return Err(error.into()),
     };
     Ok(Copies { inode, descriptor: Identity::from_ddb(&descriptor), claim: None })
@@ -171,8 +171,9 @@ async fn change_rdm(
     write_identity(&**folder, path, descriptor, &identity).await
 }
 
-/// Descriptor first, in one atomic write: it decides the mode and the length. The inode follows; a power loss in
-/// between leaves a difference that the comparison of the copies shows and mends.
+/// Descriptor first, in one atomic write: it decides the mode. The inode follows and decides the LUN; a power loss in
+/// between leaves a mapping that opens as it was (see [`settled_sectors`]) until the same is done again, or until the
+/// comparison of the copies mends it. What a newer program wrote stays.
 async fn write_identity(
     folder: &dyn Folder,
     path: &str,
@@ -183,6 +184,14 @@ async fn write_identity(
     let mapping = Mapping::new(identity).map_err(failed)?;
     let extent = ExtentLine { sectors: identity.lun.sectors, ..descriptor.extents()[0].clone() };
     let file = sibling(path, &extent.file)?;
+    let in_inode = folder.read_mapping(&file).await.map(|m| Identity::from_record(&m.tail));
+    for found in [Identity::from_ddb(&descriptor), in_inode.unwrap_or(Err(IdentityError::None))] {
+        if let Err(newer) = found
+            && newer.is_newer()
+        {
+            return Err(failed(newer));
+        }
+    }
     let invalid = |source| ChainError::Descriptor { path: path.to_owned(), source };
     descriptor.set_extent(0, extent).map_err(invalid)?;
     descriptor.set_create_type(identity.mode.create_type());
@@ -190,6 +199,17 @@ async fn write_identity(
     folder.replace(path, &descriptor.to_bytes()).await?;
     folder.write_mapping(&file, &mapping).await?;
     Ok(())
+}
+
+/// The length of a mapping whose inode and descriptor say different ones: power failed between the two writes of a
+/// change. The same LUN in both was about to grow: the smaller length. Another one was about to take its place: the inode
+/// still has the old one. `None` when that cannot be told, as the descriptor's copy of the identity is not ours or damaged.
+pub(crate) fn settled_sectors(inode: &Identity, descriptor: &Descriptor) -> Option<u64> {
+    let other = Identity::from_ddb(descriptor).ok()?;
+    match same_lun(&inode.lun, &other.lun) {
+        true => Some(inode.lun.sectors.min(other.lun.sectors)),
+        false => Some(inode.lun.sectors),
+    }
 }
 
 fn rdm_mode(path: &str, descriptor: &Descriptor) -> Result<Mode, ChainError> {

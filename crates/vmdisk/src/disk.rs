@@ -10,6 +10,7 @@ use lane::sync::Turn;
 use crate::chain::{ChainError, FoundLink, MIXED_KEY, mixed, survey};
 use crate::claims::{Claim, Hold};
 use crate::commit::Mirror;
+use crate::create::settled_sectors;
 use crate::descriptor::{Cid, Descriptor, ExtentKind};
 use crate::exclusive;
 use crate::folder::{Folder, sibling};
@@ -350,6 +351,10 @@ async fn open_link(
         return Err(unsupported(what));
     }
     let file = sibling(&path, &extent.file)?;
+    if file == path && hold != Hold::Read {
+        let what = "is a disk of ESX 2, data without a descriptor, which is only read: copy it to a new disk";
+        return Err(unsupported(what.into()));
+    }
     let claims = [folder.claims().take(&path, hold)?, folder.claims().take(&file, hold)?];
     let (kind, disk, redo): (LinkKind, Rc<dyn Disk>, Option<Rc<RedoDisk>>) = match (kind, below) {
         (ExtentKind::Vmfs | ExtentKind::Flat, None) => {
@@ -377,7 +382,14 @@ async fn open_link(
             identity.mode = mode;
             if identity.lun.sectors != sectors {
                 let mapped = identity.lun.sectors;
-                return Err(unsupported(format!("maps {mapped} sectors, the descriptor says {sectors}")));
+                let differs = || unsupported(format!("maps {mapped} sectors, the descriptor says {sectors}"));
+                identity.lun.sectors = settled_sectors(&identity, &descriptor).ok_or_else(differs)?;
+                tracing::warn!(
+                    path,
+                    mapped,
+                    sectors,
+                    "a change of this mapping was cut short: it opens as it was"
+                );
             }
             let disk = match luns.watch() {
                 Some(watch) => rdm::open_held(&identity, watch, read_only, rdm::HOLD),

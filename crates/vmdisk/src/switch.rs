@@ -131,6 +131,13 @@ impl VmDisk {
         if self.shape().read_only {
             return Err(ChainError::Refused(format!("{path}: is open read-only")));
         }
+        let (told, sectors) = (self.top_link().descriptor.borrow().sectors(), self.shape().sectors);
+        if told != sectors {
+            return Err(ChainError::Refused(format!(
+                "{path}: its descriptor says {told} sectors and its mapping {sectors}: a change was cut short; \
+                 `kagami rdm scan --rebuild` ends it"
+            )));
+        }
         let links = self.links.borrow();
         if links.last().is_some_and(|l| l.claims[0].is_shared()) {
             return Err(ChainError::Refused(format!("{path}: a disk shared by several VMs has no redo log")));

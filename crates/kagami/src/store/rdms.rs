@@ -140,6 +140,7 @@ impl Store {
                 None => "ok".to_owned(),
                 Some(What::Missing) => "missing".to_owned(),
                 Some(What::Damaged(error)) => format!("damaged: {error}"),
+                Some(What::Newer(error)) => format!("newer: {error}"),
                 Some(What::Differs(field)) => format!("differs in {field}"),
             };
             format!("{name}: {state}")
@@ -303,8 +304,14 @@ impl Store {
             );
         };
         let visible = self.visible();
+        // Power failed in an earlier attempt, between the two places: this one ends it.
+        let half = |verdict: &rdm::Verdict| {
+            let length = |f: &rdm::Finding| f.what == What::Differs("length");
+            !verdict.findings.is_empty() && verdict.findings.iter().all(length)
+        };
         let lun = match rdm::resolve(recorded, &visible) {
             Resolution::Larger(lun) => lun,
+            Resolution::Resolved(lun) if half(&verdict) => lun,
             Resolution::Resolved(_) => return self.rdm_view(&datastore, &name.path).await.map(Change::Done),
             _ => return refused(format!("its LUN is {}", view.state), format!("kagami rdm show {text}")),
         };

@@ -48,6 +48,7 @@ fn what_text(what: &What) -> String {
     match what {
         What::Missing => "is missing".into(),
         What::Damaged(error) => format!("is damaged ({error})"),
+        What::Newer(error) => format!("is not touched: {error}"),
         What::Differs(field) => format!("says another {field}"),
     }
 }
@@ -148,7 +149,10 @@ impl Store {
             scan.findings.push(format!("{name}: {} {}", place_name(finding.place), what_text(&finding.what)));
         }
         let Some(identity) = &verdict.identity else {
-            scan.findings.push(format!("{name}: its identity is lost: kagami rdm remap '{name}' --to LUN"));
+            if !verdict.findings.iter().any(|f| matches!(f.what, What::Newer(_))) {
+                scan.findings
+                    .push(format!("{name}: its identity is lost: kagami rdm remap '{name}' --to LUN"));
+            }
             return Ok(());
         };
         self.scan_lun_of(&name, identity, scan).await;

@@ -21,6 +21,8 @@ pub enum What {
     Missing,
     /// It is there and cannot be read.
     Damaged(IdentityError),
+    /// A newer program wrote it: it is right, and nothing is written over it.
+    Newer(IdentityError),
     /// It says something else than what counts: which field.
     Differs(&'static str),
 }
@@ -48,7 +50,7 @@ pub struct Copies {
 /// What the comparison came to.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Verdict {
-    /// What every copy should say; `None` when it cannot be known without guessing.
+    /// What every copy should say; `None` when it cannot be known without guessing, or when a newer program wrote one.
     pub identity: Option<Identity>,
     /// What is wrong with which copy.
     pub findings: Vec<Finding>,
@@ -56,7 +58,7 @@ pub struct Verdict {
 
 impl Copies {
     /// Compares the three. Two that agree outvote the third; one alone counts when the others are lost; two that
-    /// disagree with no third are not decided here.
+    /// disagree with no third are not decided here. Nothing outvotes a copy that a newer program wrote: it may know better.
     pub fn compare(&self) -> Verdict {
         let claimed = self.claim.as_ref().map(|(lun, mode)| Identity { mode: *mode, lun: lun.clone() });
         let claim = claimed.as_ref().ok_or(&IdentityError::None);
@@ -66,7 +68,9 @@ impl Copies {
             (Place::Claim, claim),
         ];
         let readable: Vec<&Identity> = places.iter().filter_map(|(_, copy)| copy.ok()).collect();
+        let newer = places.iter().any(|(_, copy)| copy.is_err_and(IdentityError::is_newer));
         let counts = match readable[..] {
+            _ if newer => None,
             [] => None,
             [only] => Some(only),
             // The inode's copy is the fullest: it is preferred among equals by its place in the list.
@@ -78,6 +82,7 @@ impl Copies {
         let finding = |(place, copy): &(Place, Result<&Identity, &IdentityError>)| {
             let what = match (copy, counts) {
                 (Err(IdentityError::None), _) => What::Missing,
+                (Err(error), _) if error.is_newer() => What::Newer((*error).clone()),
                 (Err(error), _) => What::Damaged((*error).clone()),
                 (Ok(copy), Some(counts)) => What::Differs(difference(counts, copy)?),
                 (Ok(copy), None) => {

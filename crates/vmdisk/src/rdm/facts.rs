@@ -88,7 +88,7 @@ impl Facts {
         for finding in copies.compare().findings {
             let found = match finding.what {
                 What::Missing => continue,
-                What::Damaged(error) => error.to_string(),
+                What::Damaged(error) | What::Newer(error) => error.to_string(),
                 What::Differs(field) => format!("another {field}"),
             };
             let place = match finding.place {

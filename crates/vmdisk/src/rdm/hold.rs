@@ -336,6 +336,24 @@ mod tests {
     }
 
     #[test]
+    fn it_is_a_disk() {
+        simulated(async {
+            let sized = |sectors| LunIdentity { sectors, ..identity(1) };
+            for (mapped, read_only) in [(4096, false), (3000, false), (4096, true)] {
+                let bus = Rc::new(Bus::default());
+                let disk: Rc<dyn Disk> = Rc::new(MemoryDisk::new(4096));
+                bus.0.borrow_mut().push(VisibleLun { identity: sized(4096), ..seen(disk, 1) });
+                let identity = Identity { mode: Mode::Physical, lun: sized(mapped) };
+                let held = open_held(&identity, bus as Rc<dyn Luns>, read_only, HOLD).unwrap();
+                match read_only {
+                    true => block::conformance::check_read_only(held).await,
+                    false => block::conformance::check(held, mapped).await,
+                }
+            }
+        });
+    }
+
+    #[test]
     fn a_lun_that_comes_back_in_time_is_not_missed() {
         simulated(async {
             let scene = Rc::new(Scene::new());

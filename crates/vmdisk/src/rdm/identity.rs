@@ -129,7 +129,7 @@ pub enum IdentityError {
     #[error("carries no identity record of ours")]
     None,
     /// A newer program wrote it.
-    #[error("identity record of version {found}; this program knows version {VERSION}")]
+    #[error("identity record of version {found}; this program knows up to {VERSION}: use the newer program")]
     Version {
         /// The version found.
         found: u16,
@@ -140,6 +140,13 @@ pub enum IdentityError {
         /// What was seen.
         what: &'static str,
     },
+}
+
+impl IdentityError {
+    /// A newer program wrote it: it must not be written over.
+    pub fn is_newer(&self) -> bool {
+        matches!(self, Self::Version { .. })
+    }
 }
 
 const fn damaged(what: &'static str) -> IdentityError {
@@ -221,8 +228,10 @@ impl Identity {
         if raw.crc.get() != crc32c::crc32c(blank.as_bytes()) {
             return Err(damaged("its checksum does not match"));
         }
-        if raw.version.get() != VERSION {
-            return Err(IdentityError::Version { found: raw.version.get() });
+        match raw.version.get() {
+            0 => return Err(damaged("it has no version")),
+            VERSION => {}
+            found => return Err(IdentityError::Version { found }),
         }
         let mode = match raw.mode {
             MODE_VIRTUAL => Mode::Virtual,
@@ -303,6 +312,15 @@ impl Identity {
     /// Reads what [`Identity::to_ddb`] wrote.
     pub fn from_ddb(descriptor: &Descriptor) -> Result<Self, IdentityError> {
         let get = |key: &str| descriptor.get(&format!("{DDB_PREFIX}{key}")).unwrap_or("");
+        match get("version") {
+            // The first version writes no such line.
+            "" => {}
+            text => match text.parse::<u16>() {
+                Ok(VERSION) => {}
+                Ok(found) if found > VERSION => return Err(IdentityError::Version { found }),
+                _ => return Err(damaged("an unknown version")),
+            },
+        }
         let crc = match get("crc32c") {
             "" if descriptor.with_prefix(DDB_PREFIX).next().is_none() => return Err(IdentityError::None),
             text => u32::from_str_radix(text, 16).map_err(|_| damaged("no checksum"))?,

@@ -22,6 +22,7 @@ pub use facts::{Around, Facts};
 pub use hold::{HOLD, open_held};
 pub use identity::{ContentTag, DDB_PREFIX, Identity, IdentityError, LunIdentity, Mode, Ours, content_tag};
 pub use ours::{PRODUCT, REVISION, VENDOR, claimed_by, find_lun, lun_identity, mapping_claim, visible_lun};
+pub(crate) use resolve::same_lun;
 pub use resolve::{Luns, Resolution, ResolveError, VisibleLun, may_resume, open, resolve, unmapped};
 
 /// What a mapping file holds: a type-6 inode.

@@ -127,7 +127,7 @@ fn candidates_text(candidates: &[String]) -> String {
 }
 
 /// The strongest kind of key that both sides have decides: equal or not (2.2, steps 2 and 3).
-pub(super) fn same_lun(recorded: &LunIdentity, seen: &LunIdentity) -> bool {
+pub(crate) fn same_lun(recorded: &LunIdentity, seen: &LunIdentity) -> bool {
     if let (Some(a), Some(b)) = (recorded.ours, seen.ours) {
         return (a.array, a.lun) == (b.array, b.lun);
     }

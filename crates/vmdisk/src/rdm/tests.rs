@@ -125,6 +125,56 @@ fn damaged_records_are_refused() {
     assert!(Identity { mode: Mode::Virtual, lun: long }.to_record().is_err());
 }
 
+/// The record as version 1 wrote it: it is read for ever, and the same identity still gives the same bytes.
+#[test]
+fn the_golden_identity_record_is_read_and_still_made() {
+    let identity = Identity { mode: Mode::Physical, lun: lun(3) };
+    let made = identity.to_record().unwrap();
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden/rdm-identity-1.bin");
+    if std::env::var_os("KAGAMI_WRITE_GOLDEN").is_some() {
+        std::fs::write(path, made.as_bytes()).unwrap();
+    }
+    let golden = std::fs::read(path).unwrap();
+    assert_eq!(made.as_bytes(), golden, "the format changed");
+    assert_eq!(Identity::from_record(&golden).unwrap(), identity);
+    let mut text = descriptor();
+    identity.to_ddb(&mut text).unwrap();
+    assert_eq!(text.get("ddb.kagami.rdm.version"), None, "the first version has no such line");
+}
+
+/// A record of a version that is yet to come, sound by its checksum.
+fn newer_record() -> Vec<u8> {
+    let mut raw = Identity { mode: Mode::Virtual, lun: lun(3) }.to_record().unwrap();
+    (raw.version, raw.crc) = (2.into(), 0.into());
+    raw.crc = crc32c::crc32c(raw.as_bytes()).into();
+    raw.as_bytes().to_vec()
+}
+
+#[test]
+fn what_a_newer_program_wrote_is_refused_by_both_versions_and_outvoted_by_nobody() {
+    let newer = Identity::from_record(&newer_record());
+    assert_eq!(newer, Err(IdentityError::Version { found: 2 }));
+    let said = newer.clone().unwrap_err().to_string();
+    assert!(said.contains("version 2") && said.contains("up to 1"), "{said}");
+    let good = Identity { mode: Mode::Virtual, lun: lun(3) };
+    let mut text = descriptor();
+    good.to_ddb(&mut text).unwrap();
+    text.set_ddb("ddb.kagami.rdm.version", "2").unwrap();
+    text.set_ddb("ddb.kagami.rdm.something", "else").unwrap();
+    let in_text = Identity::from_ddb(&text);
+    assert_eq!(in_text, newer, "whatever else is there");
+    let claim = Some((lun(3), Mode::Virtual));
+    for (copies, place) in [
+        (Copies { inode: newer.clone(), descriptor: Ok(good.clone()), claim: claim.clone() }, Place::Inode),
+        (Copies { inode: Ok(good), descriptor: in_text, claim }, Place::Descriptor),
+    ] {
+        let verdict = copies.compare();
+        assert_eq!(verdict.identity, None, "two older copies do not outvote it");
+        let what = What::Newer(IdentityError::Version { found: 2 });
+        assert_eq!(verdict.findings, [Finding { place, what }]);
+    }
+}
+
 #[test]
 fn the_genuine_record_alone_is_enough_for_a_mapping_made_by_others() {
     let record = RdmRecord::serial(b"QM00015", b"QEMU HARDDISK");

@@ -43,6 +43,7 @@ fn a_disk_of_any_depth_is_a_disk() {
         block::conformance::check(disk.clone(), 1).await;
         switch(&disk).await;
         block::conformance::check(disk.clone(), 2).await;
+        block::conformance::check_read_only(disk.frozen(0).unwrap()).await;
         let commit = disk.start_commit(0).await.unwrap();
         block::conformance::check(disk.clone(), 3).await;
         drop(commit);
@@ -50,6 +51,16 @@ fn a_disk_of_any_depth_is_a_disk() {
         let path = "/d-000001.vmdk";
         let again = VmDisk::open(folder as Rc<dyn Folder>, path, Open::READ, &()).await.unwrap();
         block::conformance::check_read_only(again).await;
+    });
+}
+
+#[test]
+fn a_link_of_a_chain_is_a_disk_frozen_or_not() {
+    lane::block_on(async {
+        let layer = crate::layer::Layer::new(Rc::new(MemoryDisk::new(3000)), false);
+        block::conformance::check(Rc::clone(&layer) as Rc<dyn Disk>, 1).await;
+        layer.freeze(true);
+        block::conformance::check_read_only(layer).await;
     });
 }
 
@@ -219,6 +230,53 @@ fn r19_the_sessions_cid_is_durable_before_its_first_data() {
             }
         }
         assert!(seen > 0);
+    });
+}
+
+/// R8: the form of ESX 2, data without a descriptor, is read and not written.
+async fn esx2(folder: Rc<dyn Folder>) {
+    const SECTORS: u64 = 9000;
+    let data = folder.create("/old.vmdk", SECTORS, 0, Provision::Thin).await.unwrap();
+    for at in [0, 77, SECTORS - 1] {
+        write(&*data, at, &[at as u8 | 1; UNIT]).await;
+    }
+    data.flush().await.unwrap();
+    drop(data);
+    let open = async |path: &str, how| VmDisk::open(Rc::clone(&folder), path, how, &()).await;
+    for how in [Open::WRITE, Open { shared: true, ..Open::WRITE }] {
+        let refused = open("/old.vmdk", how).await.err().unwrap();
+        assert!(matches!(&refused, ChainError::Unsupported { .. }), "{refused}");
+        assert!(
+            refused.to_string().contains("ESX 2") && refused.to_string().contains("copy it"),
+            "{refused}"
+        );
+    }
+    let disk = open("/old.vmdk", Open::READ).await.unwrap();
+    assert_eq!(disk.shape().sectors, SECTORS);
+    for at in [0, 77, SECTORS - 1] {
+        assert_eq!(read(&*disk, at, 1).await, [at as u8 | 1; UNIT]);
+    }
+    block::conformance::check_read_only(disk).await;
+    // What begins like another format is none, however long it is; nor is a text that is torn.
+    for magic in [&b"COWD"[..], b"KDMV", &[0xbe, 0xba, 0xfe, 0xca], b"# Disk DescriptorFile"] {
+        let data = folder.open("/old.vmdk", false).await.unwrap();
+        let mut first = [0; UNIT];
+        first[..magic.len()].copy_from_slice(magic);
+        write(&*data, 0, &first).await;
+        data.flush().await.unwrap();
+        drop(data);
+        assert!(open("/old.vmdk", Open::READ).await.is_err(), "{magic:?}");
+    }
+    folder.replace("/torn.vmdk", b"version=1\nCID=").await.unwrap();
+    let torn = open("/torn.vmdk", Open::READ).await.err().unwrap();
+    assert!(matches!(torn, ChainError::Descriptor { .. }), "{torn}");
+}
+
+#[test]
+fn r8_a_disk_of_esx_2_is_read_and_never_written() {
+    lane::block_on(async {
+        esx2(store().await).await;
+        esx2(super::datastore::dynamic(&super::datastore::datastore().await)).await;
     });
 }
 

@@ -5,6 +5,8 @@ mod commit;
 mod crash;
 mod datastore;
 mod host;
+mod model;
+mod rdm_crash;
 mod room;
 mod store;
 mod thin;
@@ -18,6 +20,26 @@ use crate::descriptor::{Access, Cid, CreateType, Descriptor, ExtentKind, ExtentL
 use crate::folder::{Folder, Provision};
 use crate::{Open, VmDisk};
 use store::Store;
+
+/// The large counts are wanted.
+pub(crate) fn soak() -> bool {
+    std::env::var_os("KAGAMI_SOAK").is_some()
+}
+
+/// The seeds of a test: `few` by default, `many` for the soak, one when `KAGAMI_SEED` names it.
+pub(crate) fn seeds(few: u64, many: u64) -> Vec<u64> {
+    if let Some(seed) = std::env::var("KAGAMI_SEED").ok().and_then(|s| s.parse().ok()) {
+        return vec![seed];
+    }
+    (0..if soak() { many } else { few }).collect()
+}
+
+/// Every `step`-th point of a story, another one first with each seed, so that `step` seeds look at each; all of them in
+/// the soak.
+pub(crate) fn points(from: usize, to: usize, step: usize, seed: u64) -> impl Iterator<Item = usize> {
+    let step = if soak() { 1 } else { step };
+    (from + seed as usize % step..=to).step_by(step)
+}
 
 const UNIT: usize = SECTOR_BYTES as usize;
 const BASE: &str = "/d.vmdk";
