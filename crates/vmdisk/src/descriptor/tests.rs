@@ -199,7 +199,7 @@ fn the_long_content_id_follows_the_cid() {
 
 proptest! {
     #[test]
-    fn any_bytes_are_refused_or_kept(bytes in prop::collection::vec(any::<u8>(), 0..2000)) {
+    fn fuzz_any_bytes_are_refused_or_kept(bytes in prop::collection::vec(any::<u8>(), 0..2000)) {
         if let Ok(parsed) = Descriptor::parse(&bytes) {
             prop_assert_eq!(parsed.to_bytes(), bytes);
         }

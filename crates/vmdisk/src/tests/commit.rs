@@ -315,9 +315,8 @@ fn a_switch_is_undone_in_the_gate_or_folded_back_after_it() {
 
 /// The commit on simulated lanes: ready tasks in an order drawn from the seed, virtual time.
 #[test]
-fn r26_commits_in_any_order_of_tasks() {
-    let soak = std::env::var_os("KAGAMI_SOAK").is_some();
-    for seed in 0..if soak { 300 } else { 10 } {
+fn r26_soak_commits_in_any_order_of_tasks() {
+    for seed in seeds(10, 300) {
         let driver = lane::DriverKind::Sim { seed };
         let options = lane::Options { driver, ..lane::Options::default() };
         lane::block_on_with(options, async move {

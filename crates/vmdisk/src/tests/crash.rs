@@ -101,10 +101,37 @@ async fn life(seed: u64) -> Life {
     Life { log, witness, begun, image }
 }
 
+/// What a start found and opened.
+struct Found {
+    folder: Rc<Store>,
+    disk: Rc<VmDisk>,
+    record: Rc<dyn Disk>,
+}
+
+impl Found {
+    /// The commit begins again, to the end, with its record.
+    async fn commit(&self) -> Result<(), crate::ChainError> {
+        let commit = self.disk.start_commit(0).await?;
+        commit.copy(&mut |_| true).await?;
+        let decide = async || {
+            note(&*self.record, FLIPPED).await;
+            Ok(())
+        };
+        let left = commit.flip(decide).await?;
+        drop(commit);
+        left.remove().await?;
+        note(&*self.record, 0).await;
+        Ok(())
+    }
+}
+
+fn in_memory(images: Vec<block::Image>) -> Vec<Rc<dyn Disk>> {
+    images.into_iter().map(|i| Rc::new(MemoryDisk::from(i)) as Rc<dyn Disk>).collect()
+}
+
 /// Opens what a power loss left, as the VM's start would. Any error is a violation.
-async fn recover(images: Vec<block::Image>, image: &[u8]) -> Result<(Rc<Store>, Rc<VmDisk>), String> {
-    let mut images = images.into_iter().map(|i| Rc::new(MemoryDisk::from(i)));
-    let (Some(disk), Some(record)) = (images.next(), images.next()) else { return Err("no images".into()) };
+async fn recover(disks: Vec<Rc<dyn Disk>>, image: &[u8]) -> Result<Found, String> {
+    let [disk, record] = <[Rc<dyn Disk>; 2]>::try_from(disks).map_err(|_| "not two disks")?;
     let folder = Store::open(disk).await;
     let state = read(&*record, 0, 1).await[0];
     let text = |e: crate::ChainError| e.to_string();
@@ -132,56 +159,82 @@ async fn recover(images: Vec<block::Image>, image: &[u8]) -> Result<(Rc<Store>, 
         _ => BASE,
     };
     let disk = VmDisk::open(Rc::clone(&folder) as _, top, Open::WRITE, &()).await.map_err(text)?;
-    Ok((folder, disk))
+    Ok(Found { folder, disk, record })
 }
 
-/// The first violation at a point, if there is one.
-async fn judge(life: &Life, point: usize, seed: u64) -> Option<String> {
-    let (folder, disk) = match recover(life.log.cut(point, seed), &life.image).await {
-        Ok(opened) => opened,
-        Err(error) => return Some(error),
-    };
-    if let Err(violation) = life.witness.judge(point, &*disk).await {
-        return Some(format!("{violation:?}"));
+/// What is found at a point is right, and stays right when the commit begins again.
+async fn judge_found(life: &Life, found: &Found, point: usize) -> Result<(), String> {
+    life.witness.judge(point, &*found.disk).await.map_err(|v| format!("{v:?}"))?;
+    if found.disk.links().len() > 1 {
+        found.commit().await.map_err(|e| e.to_string())?;
+        let judged = life.witness.judge(point, &*found.disk).await;
+        judged.map_err(|v| format!("after the second commit: {v:?}"))?;
     }
-    if disk.links().len() == 1 {
-        return (folder.paths().len() != 2).then(|| format!("left over: {:?}", folder.paths()));
+    match found.folder.paths().len() {
+        2 => Ok(()),
+        _ => Err(format!("left over: {:?}", found.folder.paths())),
     }
-    // The commit begins again, to the end.
-    let again = async {
-        let commit = disk.start_commit(0).await?;
-        commit.copy(&mut |_| true).await?;
-        commit.flip(async || Ok(())).await?.remove().await
-    };
-    if let Err(error) = again.await {
-        return Some(error.to_string());
-    }
-    life.witness.judge(point, &*disk).await.err().map(|v| format!("after the second commit: {v:?}"))
 }
 
-async fn violations(seed: u64, cuts: u64) -> Vec<String> {
+async fn judge(life: &Life, point: usize, fate: u64) -> Result<(), String> {
+    let found = recover(in_memory(life.log.cut(point, fate)), &life.image).await?;
+    judge_found(life, &found, point).await
+}
+
+/// Power fails again: while the VM is opened, or while the commit that began again goes on.
+async fn judge_recovery(life: &Life, point: usize, fate: u64, step: usize) -> Result<(), String> {
+    let log = CrashLog::new(fate);
+    let images = life.log.cut(point, fate).into_iter();
+    let found = recover(images.map(|i| log.disk_from(i) as Rc<dyn Disk>).collect(), &life.image).await?;
+    if found.disk.links().len() > 1 {
+        found.commit().await.map_err(|e| e.to_string())?;
+    }
+    drop(found);
+    for again in points(0, log.points(), step, fate + point as u64) {
+        let judged = async {
+            let found = recover(in_memory(log.cut(again, fate + again as u64)), &life.image).await?;
+            judge_found(life, &found, point).await
+        };
+        judged.await.map_err(|e| format!("recovery cut at {again} of {}: {e}", log.points()))?;
+    }
+    Ok(())
+}
+
+/// How hard a life is looked at.
+struct Effort {
+    /// Shapes of each power loss.
+    fates: u64,
+    /// Every so many points recovery is cut too, with each seed at others.
+    again: usize,
+    /// And there at every so many points.
+    step: usize,
+}
+
+async fn violations(seed: u64, effort: &Effort) -> Vec<String> {
     let life = life(seed).await;
     let mut out = Vec::new();
     for point in life.begun..=life.log.points() {
-        for cut in 0..cuts {
-            if let Some(what) = judge(&life, point, cut + seed % 3).await {
-                out.push(format!("KAGAMI_SEED={seed} point {point} cut {}: {what}", cut + seed % 3));
+        for fate in seed % 3..seed % 3 + effort.fates {
+            if let Err(what) = judge(&life, point, fate).await {
+                out.push(format!("KAGAMI_SEED={seed} point {point} fate {fate}: {what}"));
             }
+        }
+    }
+    for point in points(life.begun, life.log.points(), effort.again, seed) {
+        let fate = (seed + point as u64) % 5;
+        if let Err(what) = judge_recovery(&life, point, fate, effort.step).await {
+            out.push(format!("KAGAMI_SEED={seed} point {point} fate {fate}: {what}"));
         }
     }
     out
 }
 
 #[test]
-fn i1_to_i5_power_may_fail_at_every_operation_of_cut_and_commit() {
+fn i1_to_i5_power_may_fail_at_every_operation_of_cut_and_commit_and_again_during_recovery() {
     lane::block_on(async {
-        let soak = std::env::var_os("KAGAMI_SOAK").is_some();
-        let seeds = match std::env::var("KAGAMI_SEED").ok().and_then(|s| s.parse().ok()) {
-            Some(one) => one..one + 1,
-            None => 0..if soak { 100 } else { 3 },
-        };
-        for seed in seeds {
-            let found = violations(seed, if soak { 5 } else { 2 }).await;
+        let effort = Effort { fates: if soak() { 5 } else { 2 }, again: 3, step: 17 };
+        for seed in seeds(3, 100) {
+            let found = violations(seed, &effort).await;
             assert!(found.is_empty(), "{} violations, first: {}", found.len(), found[0]);
         }
     });
@@ -191,7 +244,7 @@ fn i1_to_i5_power_may_fail_at_every_operation_of_cut_and_commit() {
 fn i5_a_redo_log_deleted_before_the_flip_is_found_out() {
     lane::block_on(async {
         plant(Some(Fault::RedoDeletedBeforeFlip));
-        let found = violations(0, 1).await;
+        let found = violations(0, &Effort { fates: 1, again: usize::MAX, step: 1 }).await;
         plant(None);
         assert!(!found.is_empty(), "the crash test is blind");
     });

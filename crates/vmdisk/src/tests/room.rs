@@ -147,9 +147,8 @@ async fn story(seed: u64) {
 }
 
 #[test]
-fn a_full_pool_holds_the_writes_to_a_redo_log_until_there_is_room() {
-    let soak = std::env::var_os("KAGAMI_SOAK").is_some();
-    for seed in 0..if soak { 20 } else { 2 } {
+fn soak_a_full_pool_holds_the_writes_to_a_redo_log_until_there_is_room() {
+    for seed in seeds(2, 20) {
         simulated(seed, story(seed));
     }
 }

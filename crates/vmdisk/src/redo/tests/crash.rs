@@ -5,6 +5,7 @@ use block::{Image, MemoryDisk, Pages};
 
 use super::*;
 use crate::fault::{Fault, plant};
+use crate::tests::{points, seeds};
 
 const SECTORS: u64 = 9000;
 const FILE: u64 = 8 * GROW_SECTORS / 8;
@@ -80,16 +81,10 @@ async fn violations(seed: u64, grain: u64, cuts: u64) -> usize {
     found
 }
 
-fn soak() -> bool {
-    std::env::var_os("KAGAMI_SOAK").is_some()
-}
-
 #[test]
 fn r11_power_may_fail_at_every_operation() {
     lane::block_on(async {
-        let one = std::env::var("KAGAMI_SEED").ok().and_then(|s| s.parse().ok());
-        let seeds = one.map_or(0..if soak() { 200 } else { 6 }, |seed| seed..seed + 1);
-        for seed in seeds {
+        for seed in seeds(6, 200) {
             let grain = [1, 1, 8][seed as usize % 3];
             assert_eq!(violations(seed, grain, 4).await, 0, "KAGAMI_SEED={seed}");
         }
@@ -110,30 +105,35 @@ fn r11_a_table_written_before_its_data_is_found_out() {
 }
 
 /// Power fails, the redo log is opened and written, and power fails again.
+async fn again_after_recovery(seed: u64, step: usize) {
+    let log = CrashLog::new(seed);
+    log.interleave(3);
+    let witness = workload(&log, seed, [1, 1, 8][seed as usize % 3]).await;
+    let made = log.marks()[0].0;
+    for point in points(made + 1, log.points(), step, seed) {
+        let image = log.cut(point, (seed + point as u64) % 4).remove(0);
+        let second = CrashLog::new(seed ^ point as u64);
+        let disk = reopen(second.disk_from(image)).await.unwrap();
+        // Free at the first crash, written now: what survived must stay as it is at every later point.
+        for at in 0..4 {
+            let bytes = [0x77; UNIT];
+            disk.write(Sector(SECTORS - 4 + at), &Segments::new(&bytes), Safe::AtNextFlush).await.unwrap();
+        }
+        disk.flush().await.unwrap();
+        for again in 0..=second.points() {
+            let image = second.cut(again, (seed + again as u64) % 5).remove(0);
+            let disk = reopen(Rc::new(MemoryDisk::from(image))).await.unwrap();
+            let judged = witness.judge(point, &*disk).await;
+            judged.unwrap_or_else(|v| panic!("KAGAMI_SEED={seed} point {point}, again {again}: {v:?}"));
+        }
+    }
+}
+
 #[test]
 fn r11_power_may_fail_again_after_the_recovery() {
     lane::block_on(async {
-        let log = CrashLog::new(1);
-        log.interleave(3);
-        let witness = workload(&log, 1, 1).await;
-        let made = log.marks()[0].0;
-        for point in (made + 1..=log.points()).step_by(7) {
-            let image = log.cut(point, 2).remove(0);
-            let second = CrashLog::new(point as u64);
-            let disk = reopen(second.disk_from(image)).await.unwrap();
-            // Free at the first crash, written now: what survived must stay as it is at every later point.
-            for at in 0..4 {
-                let bytes = [0x77; UNIT];
-                disk.write(Sector(SECTORS - 4 + at), &Segments::new(&bytes), Safe::AtNextFlush)
-                    .await
-                    .unwrap();
-            }
-            disk.flush().await.unwrap();
-            for again in 0..=second.points() {
-                let image = second.cut(again, 3).remove(0);
-                let disk = reopen(Rc::new(MemoryDisk::from(image))).await.unwrap();
-                witness.judge(point, &*disk).await.unwrap_or_else(|v| panic!("{point} {again}: {v:?}"));
-            }
+        for seed in seeds(7, 40) {
+            again_after_recovery(seed, 7).await;
         }
     });
 }

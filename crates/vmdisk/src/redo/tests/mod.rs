@@ -320,7 +320,7 @@ fn a_failed_flush_halts_until_reopened() {
 
 /// Flips bytes all over a real file: opening and reading answer an error or data, never a panic.
 #[test]
-fn foreign_bytes_never_panic() {
+fn fuzz_foreign_bytes_never_panic() {
     lane::block_on(async {
         let (_, below) = random_disk(9000, 3);
         let (file, disk) = fresh(9000, 1, Rc::clone(&below) as Rc<dyn Disk>).await;
