@@ -102,8 +102,9 @@ mod tests {
         }
         // As often as anybody likes.
         let fd = eventfd(0, EventfdFlags::CLOEXEC).unwrap();
+        let bell = Bell::new(fd.try_clone().unwrap()).unwrap();
         for _ in 0..1000 {
-            assert!(signal::ring(&fd), "this kernel has asynchronous I/O");
+            bell.ring();
         }
         let mut count = 0u64;
         rustix::io::read(&fd, count.as_mut_bytes()).unwrap();
