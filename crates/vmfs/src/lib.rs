@@ -7,7 +7,7 @@ pub mod create;
 mod descriptor;
 mod directory;
 mod error;
-pub mod faults;
+mod faults;
 mod file;
 pub mod format;
 pub mod fuzz;
@@ -21,8 +21,14 @@ mod release;
 mod resource;
 mod size;
 mod space;
+#[cfg(test)]
+mod tests;
 mod volume;
 mod write;
+
+// What tests in `tests/` share with those in here calls this crate by its name.
+#[cfg(test)]
+extern crate self as vmfs;
 
 pub use allocate::Allocation;
 pub use check::{Report, check};

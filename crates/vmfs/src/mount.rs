@@ -7,10 +7,10 @@
 //! far; the leaks are given back before anything else is done.
 
 use crate::Error;
-use crate::check::{self, CheckError, Severity};
+use crate::check::{self, CheckError, Severity, What};
 use crate::format::{
-    Expected, FsDescriptor, HEARTBEAT_FREE, HEARTBEAT_OFFSET, Heartbeat, VmfsUuid, ensure, heartbeat_slots,
-    view,
+    Expected, FdAddress, FsDescriptor, HEARTBEAT_FREE, HEARTBEAT_OFFSET, Heartbeat, VmfsUuid, ensure,
+    heartbeat_slots, view,
 };
 use crate::space::Space;
 use crate::volume::read_only;
@@ -32,6 +32,8 @@ pub(crate) struct Mark {
     set: Cell<bool>,
     /// Leaks that were given back because the volume had not been closed.
     pub repaired: Option<u64>,
+    /// Files with blocks behind their ends, found in that repair: they were being shortened.
+    pub shortened: Vec<FdAddress>,
 }
 
 impl Mark {
@@ -49,15 +51,25 @@ impl Mark {
         let slot = slots.iter().find(own).or_else(|| slots.iter().find(unused));
         let (number, slot) = slot.ok_or_else(|| read_only("no heartbeat slot is free"))?;
         let at = HEARTBEAT_OFFSET + number * size_of::<Heartbeat>() as u64;
-        let mut mark = Self { at, slot: RefCell::new(slot.clone()), set: Cell::new(false), repaired: None };
+        let mut mark = Self {
+            at,
+            slot: RefCell::new(slot.clone()),
+            set: Cell::new(false),
+            repaired: None,
+            shortened: Vec::new(),
+        };
         {
             let mut slot = mark.slot.borrow_mut();
             (slot.offset, slot.fs_major, slot.fs_minor) = (at.into(), fs.major, fs.minor);
         }
         if slot.in_use() {
             mark.set.set(true);
-            mark.repaired = Some(repair(space).await?);
-            mark.clear(space).await?;
+            let (repaired, shortened) = repair(space).await?;
+            (mark.repaired, mark.shortened) = (Some(repaired), shortened);
+            // Else the slot is released once they are as long as they say.
+            if mark.shortened.is_empty() {
+                mark.clear(space).await?;
+            }
         }
         Ok(mark)
     }
@@ -91,8 +103,9 @@ impl Mark {
     }
 }
 
-/// Gives back what a crash leaked; answers how many leaks there were. Damage is left alone and forbids writing.
-async fn repair(space: &Space) -> Result<u64, Error> {
+/// Gives back what a crash leaked; answers how many leaks there were, and which files have blocks behind their ends.
+/// Damage is left alone and forbids writing.
+async fn repair(space: &Space) -> Result<(u64, Vec<FdAddress>), Error> {
     let options = check::Options { repair_leaks: true, ..check::Options::default() };
     let report = check::check(space.devices().to_vec(), options).await.map_err(|error| match error {
         CheckError::Disk(error) => Error::Disk(error),
@@ -103,7 +116,11 @@ async fn repair(space: &Space) -> Result<u64, Error> {
         None if report.cut_short => {
             Err(read_only("after an unclean stop it could not be checked to its end"))
         }
-        None => Ok(report.repaired.len() as u64),
+        None => {
+            let behind = report.findings().iter().filter(|finding| finding.what == What::WrongLength);
+            let files = behind.filter_map(|finding| finding.place.file()).collect();
+            Ok((report.repaired.len() as u64, files))
+        }
         Some(first) => {
             Err(Error::Damaged { findings: report.count(Severity::Corrupt), first: first.to_string() })
         }

@@ -70,6 +70,7 @@ impl File {
 impl Inner {
     async fn grow(&self, node: &Rc<Node>, bytes: u64) -> Result<(), Error> {
         let wanted = self.zla_for(bytes)?;
+        self.drop_behind_end(node).await?;
         self.clear_behind_end(node).await?;
         loop {
             let (zla, capacity) = {
@@ -130,18 +131,28 @@ impl Inner {
         if !node.allocating.borrow().is_empty() {
             return Err(Error::InUse { path: node.address.get().to_string() });
         }
-        let unit = {
+        {
             let mut state = node.state.borrow_mut();
             state.fd.meta.length = bytes.into();
             state.fd.meta.modified_s = now_s().into();
             state.device_length = bytes;
-            state.fd.meta.block_bytes.get()
-        };
+        }
         self.mark_meta(node, true)?;
         self.settle_step().await?;
-        let dropped = self.drop_units(node, bytes.div_ceil(unit), true).await?;
+        self.drop_behind_end(node).await?;
+        self.caught_up()
+    }
+
+    /// Gives up the blocks behind the end of a file. A shortening that was cut short leaves some, and a file that grows
+    /// again must not show what they hold.
+    pub async fn drop_behind_end(&self, node: &Rc<Node>) -> Result<(), Error> {
+        let (length, unit) = {
+            let state = node.state.borrow();
+            (state.fd.length(), state.fd.meta.block_bytes.get())
+        };
+        let dropped = self.drop_units(node, length.div_ceil(unit), true).await?;
         if dropped.list.is_empty() {
-            return self.caught_up();
+            return Ok(());
         }
         node.goal.set(None);
         self.writer()?.free_after_round(dropped.list);
@@ -153,8 +164,25 @@ impl Inner {
             let left = meta.tbz().saturating_sub(dropped.to_be_zeroed);
             meta.set_tbz(left);
         }
-        self.mark_meta(node, false)?;
-        self.caught_up()
+        self.mark_meta(node, false)
+    }
+
+    /// Opening: ends every shortening that was cut short, then the volume is as if it had been closed.
+    pub async fn end_shortening(&self) -> Result<(), Error> {
+        let Some(writer) = &self.writer else { return Ok(()) };
+        if writer.mark.shortened.is_empty() {
+            return Ok(());
+        }
+        for file in &writer.mark.shortened {
+            let node = self.node(*file, None, 0).await?;
+            self.drop_behind_end(&node).await?;
+        }
+        match self.settle().await {
+            // It waits in memory; the next opening looks again.
+            Err(error) if error.is_device_full() => Ok(()),
+            Err(error) => Err(error),
+            Ok(()) => writer.mark.clear(&self.space).await,
+        }
     }
 
     /// Gives a file another kind of block array.

@@ -90,6 +90,7 @@ impl Volume {
         let info = info(&fs, &files, &space);
         let writer = mark.map(|mark| Writer::new(&files, mark)).transpose()?;
         let inner = Inner { space, files, info, cache, nodes: RefCell::default(), writer };
+        inner.end_shortening().await?;
         Ok(Self { inner: Rc::new(inner) })
     }
 
