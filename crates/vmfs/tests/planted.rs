@@ -19,7 +19,7 @@ use vmfs::format::{
 
 use InodeKind::{Directory, File, Symlink};
 use Severity::{Corrupt, Leak};
-use SystemFile::{Descriptors, FileBlocks, PointerBlocks, SubBlocks};
+use SystemFile::{Descriptors, FileBlocks, PointerBlocks, PointerBlocks2, SubBlocks};
 
 fn look(editor: &Editor, repair_leaks: bool) -> Report {
     let disk: Rc<dyn Disk> = editor.disk.clone();
@@ -214,6 +214,131 @@ const FILES: &[Plant] = &[
     }),
 ];
 
+/// A file with two levels of pointer blocks.
+fn double(e: &Editor) -> FdAddress {
+    e.find(File, Zla::Double, |meta| meta.blocks.get() >= 1)
+}
+
+/// What the pointer block of the thin disk holds first: where the address lies, and the block's.
+fn leaf_of_thin(e: &Editor) -> (u64, Address) {
+    e.used_in(e.used_slot(thin(e)).1)
+}
+
+/// The same of the upper pointer block of the file with two levels: the lower one's address.
+fn inner_of_double(e: &Editor) -> (u64, Address) {
+    e.used_in(e.used_slot(double(e)).1)
+}
+
+fn leaf_of_double(e: &Editor) -> (u64, Address) {
+    e.used_in(inner_of_double(e).1)
+}
+
+/// Puts the thin disk's pointer blocks into `.pb2.sf`, soundly: the file, its first slot, and the new address there.
+fn move_to_second(e: &Editor) -> (FdAddress, u64, Address) {
+    let fd = thin(e);
+    let first = e.used_slot(fd).0;
+    for slot in first..256 {
+        let Some(old @ Address::PointerBlock { .. }) = e.slot(fd, slot) else { continue };
+        let (_, cluster, resource) = e.free_one(PointerBlocks2);
+        let new = Address::PointerBlock { cluster, resource, second: true, cow: false };
+        e.put(e.address_at(new), &e.bytes(e.address_at(old), 4096));
+        e.mark(e.numbered(new), false);
+        e.mark(e.numbered(old), true);
+        e.put_slot(fd, slot, new);
+    }
+    e.edit_meta(fd, |meta| meta.zla = (Zla::SinglePb2 as u32).into());
+    (fd, first, e.slot(fd, first).unwrap())
+}
+
+/// Faults inside of pointer blocks, one level down and two.
+const POINTERS: &[Plant] = &[
+    ("an address past the volume, one level down", What::BadAddress, Corrupt, |e| {
+        e.put_address(leaf_of_thin(e).0, Address::file_block(e.geometry(FileBlocks).count));
+    }),
+    ("an address past the volume, two levels down", What::BadAddress, Corrupt, |e| {
+        e.put_address(leaf_of_double(e).0, Address::file_block(e.geometry(FileBlocks).count));
+    }),
+    ("a pointer block past the end, one level down", What::BadAddress, Corrupt, |e| {
+        let clusters = e.geometry(PointerBlocks).clusters();
+        e.put_address(inner_of_double(e).0, Address::pointer_block(clusters, 0));
+    }),
+    ("an address of no kind, two levels down", What::BadAddress, Corrupt, |e| {
+        e.put(leaf_of_double(e).0, &[6, 0, 0, 0]);
+    }),
+    ("a sub-block in a pointer block", What::BadAddress, Corrupt, |e| {
+        e.put_address(leaf_of_thin(e).0, Address::sub_block(1, 1));
+    }),
+    ("a pointer block where data belongs", What::BadAddress, Corrupt, |e| {
+        e.put_address(leaf_of_thin(e).0, e.used_slot(thin(e)).1);
+    }),
+    ("data where a pointer block belongs", What::BadAddress, Corrupt, |e| {
+        e.put_address(inner_of_double(e).0, leaf_of_double(e).1);
+    }),
+    ("a block twice in a pointer block", What::OwnedTwice, Corrupt, |e| {
+        let (at, block) = leaf_of_thin(e);
+        e.put_address(at + 4, block);
+    }),
+    ("a block of two files, by pointer blocks", What::OwnedTwice, Corrupt, |e| {
+        e.put_address(leaf_of_double(e).0, leaf_of_thin(e).1);
+    }),
+    ("a lower pointer block of two places", What::OwnedTwice, Corrupt, |e| {
+        let (at, block) = inner_of_double(e);
+        e.put_address(at + 4, block);
+    }),
+    ("a pointer block of two files", What::OwnedTwice, Corrupt, |e| {
+        e.put_address(inner_of_double(e).0, e.used_slot(thin(e)).1);
+    }),
+    ("a pointer block that is its own", What::OwnedTwice, Corrupt, |e| {
+        e.put_address(inner_of_double(e).0, e.used_slot(double(e)).1);
+    }),
+    ("a block of a pointer block marked free", What::UsedButFree, Corrupt, |e| {
+        e.mark(e.numbered(leaf_of_thin(e).1), true);
+    }),
+    ("a block two levels down marked free", What::UsedButFree, Corrupt, |e| {
+        e.mark(e.numbered(leaf_of_double(e).1), true);
+    }),
+    ("a lower pointer block marked free", What::UsedButFree, Corrupt, |e| {
+        e.mark(e.numbered(inner_of_double(e).1), true);
+    }),
+    ("an upper pointer block marked free", What::UsedButFree, Corrupt, |e| mark_first(e, double(e), true)),
+    ("a pointer block that has forgotten its block", What::FreeButUsed, Leak, |e| {
+        e.put_address(leaf_of_thin(e).0, Address::Hole);
+    }),
+    ("a pointer block that has forgotten the lower one", What::FreeButUsed, Leak, |e| {
+        e.put_address(inner_of_double(e).0, Address::Hole);
+    }),
+    ("too few to be zeroed counted, two levels down", What::ToBeZeroedCount, Corrupt, |e| {
+        let (at, address) = leaf_of_double(e);
+        let Address::FileBlock { block, cow, .. } = address else { panic!() };
+        e.put_address(at, Address::FileBlock { block, tbz: true, cow });
+    }),
+    ("a free block of .pb2.sf marked used", What::FreeButUsed, Leak, |e| {
+        e.mark(e.free_one(PointerBlocks2), false);
+    }),
+    ("a block of .pb2.sf where the other file's belongs", What::WrongZla, Corrupt, |e| {
+        let (_, cluster, resource) = e.free_one(PointerBlocks2);
+        let second = Address::PointerBlock { cluster, resource, second: true, cow: false };
+        e.put_address(inner_of_double(e).0, second);
+    }),
+    ("a block past the end of .pb2.sf", What::BadAddress, Corrupt, |e| {
+        let (fd, slot, _) = move_to_second(e);
+        let cluster = e.geometry(PointerBlocks2).clusters();
+        e.put_slot(fd, slot, Address::PointerBlock { cluster, resource: 0, second: true, cow: false });
+    }),
+    ("an address past the volume, in .pb2.sf", What::BadAddress, Corrupt, |e| {
+        let (_, _, block) = move_to_second(e);
+        e.put_address(e.used_in(block).0, Address::file_block(e.geometry(FileBlocks).count));
+    }),
+    ("a block of .pb2.sf of two places", What::OwnedTwice, Corrupt, |e| {
+        let (fd, slot, block) = move_to_second(e);
+        e.put_slot(fd, slot + 1, block);
+    }),
+    ("a block of .pb2.sf marked free", What::UsedButFree, Corrupt, |e| {
+        let (_, _, block) = move_to_second(e);
+        e.mark(e.numbered(block), true);
+    }),
+];
+
 const DIRECTORIES: &[Plant] = &[
     ("a link too few", What::LinkCount, Corrupt, |e| {
         e.edit_meta(FdAddress::ROOT, |meta| meta.links = (meta.links.get() - 1).into());
@@ -394,7 +519,12 @@ const MAPPINGS: &[Plant] = &[
 fn plant_all(base: &Editor) {
     let before = look(base, false);
     assert!(before.is_clean(), "{:?}", before.findings());
-    for (name, what, severity, plant) in [BITMAPS, LOCKS, FILES, DIRECTORIES, VOLUME, MAPPINGS].concat() {
+    let moved = base.fork();
+    move_to_second(&moved);
+    assert!(look(&moved, false).is_clean(), "a pointer block in .pb2.sf is as good");
+    for (name, what, severity, plant) in
+        [BITMAPS, LOCKS, FILES, POINTERS, DIRECTORIES, VOLUME, MAPPINGS].concat()
+    {
         let volume = base.fork();
         plant(&volume);
         let report = look(&volume, false);

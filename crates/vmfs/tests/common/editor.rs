@@ -190,7 +190,7 @@ impl Editor {
     }
 
     pub fn put_slot(&self, fd: FdAddress, slot: u64, address: Address) {
-        self.put(self.fd_at(fd) + 0x400 + slot * 4, &address.encode32().unwrap().to_le_bytes());
+        self.put_address(self.fd_at(fd) + 0x400 + slot * 4, address);
     }
 
     /// The first slot of a descriptor that is not a hole.
@@ -209,7 +209,10 @@ impl Editor {
                 (SystemFile::FileBlocks, block / per_cluster, (block % per_cluster) as u32)
             }
             Address::SubBlock { cluster, resource, .. } => (SystemFile::SubBlocks, cluster, resource),
-            Address::PointerBlock { cluster, resource, .. } => (SystemFile::PointerBlocks, cluster, resource),
+            Address::PointerBlock { cluster, resource, second, .. } => {
+                let file = if second { SystemFile::PointerBlocks2 } else { SystemFile::PointerBlocks };
+                (file, cluster, resource)
+            }
             Address::Descriptor(fd) => (SystemFile::Descriptors, fd.cluster().into(), fd.resource()),
             other => panic!("{other:?} is not counted"),
         }
@@ -221,6 +224,20 @@ impl Editor {
             Address::FileBlock { block, .. } => block * self.block_bytes,
             other => self.resource_at(self.numbered(other)),
         }
+    }
+
+    /// The first address in a pointer block that is not a hole: where it lies on the volume, and what it is.
+    pub fn used_in(&self, block: Address) -> (u64, Address) {
+        let at = self.address_at(block);
+        let bytes = self.bytes(at, 4096);
+        let raw = |slot: usize| u32::from_le_bytes(bytes[slot * 4..slot * 4 + 4].try_into().unwrap());
+        let slot = (0..1024).find(|slot| raw(*slot) != 0).unwrap();
+        (at + slot as u64 * 4, Address::decode32(raw(slot)).unwrap())
+    }
+
+    /// Writes an address anywhere on the volume.
+    pub fn put_address(&self, at: u64, address: Address) {
+        self.put(at, &address.encode32().unwrap().to_le_bytes());
     }
 
     /// Volume offset of a directory's n-th entry; the first block only.
