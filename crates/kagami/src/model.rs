@@ -124,6 +124,9 @@ pub struct CheckView {
     pub verdict: String,
     /// One line per finding.
     pub findings: Vec<String>,
+    /// What was given back, where that was asked for: no longer among the findings.
+    #[serde(default)]
+    pub repaired: Vec<String>,
 }
 
 /// A new LUN.

@@ -49,6 +49,15 @@ struct Of {
     lun: Option<String>,
 }
 
+/// How to check.
+#[derive(Debug, serde::Deserialize, utoipa::IntoParams)]
+#[into_params(parameter_in = Query)]
+struct HowToCheck {
+    /// Give leaks back.
+    #[serde(default)]
+    repair: bool,
+}
+
 /// All pools.
 #[utoipa::path(get, path = "/api/v1/pools", responses((status = 200, body = Vec<PoolView>), (status = "default", body = Problem)))]
 async fn list_pools(State(daemon): State<Shared>) -> Outcome<Json<Vec<PoolView>>> {
@@ -81,10 +90,14 @@ async fn import_pool(
     daemon.store.ask(move |store| async move { store.import_pool(new, dry.dry_run).await }).await
 }
 
-/// Checks a pool's metadata.
-#[utoipa::path(post, path = "/api/v1/pools/{name}/check", params(("name" = String, Path)), responses((status = 200, body = CheckView), (status = "default", body = Problem)))]
-async fn check_pool(State(daemon): State<Shared>, Path(name): Path<String>) -> Outcome<Json<CheckView>> {
-    daemon.store.ask(move |store| async move { store.check_pool(&name).await }).await.map(Json)
+/// Checks a pool's metadata, and gives leaks back if that is wanted.
+#[utoipa::path(post, path = "/api/v1/pools/{name}/check", params(("name" = String, Path), HowToCheck), responses((status = 200, body = CheckView), (status = "default", body = Problem)))]
+async fn check_pool(
+    State(daemon): State<Shared>,
+    Path(name): Path<String>,
+    Query(how): Query<HowToCheck>,
+) -> Outcome<Json<CheckView>> {
+    daemon.store.ask(move |store| async move { store.check_pool(&name, how.repair).await }).await.map(Json)
 }
 
 /// Opens a pool again after a failed flush.

@@ -157,6 +157,9 @@ pub enum PoolVerb {
     Check {
         /// Its name
         name: String,
+        /// Give back what is marked as used and belongs to nobody; guests go on meanwhile, and nothing else is changed
+        #[arg(long)]
+        repair: bool,
     },
     /// Bring a pool with all its LUNs, snapshots and mappings to this home
     Import {

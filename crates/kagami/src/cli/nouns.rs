@@ -73,6 +73,7 @@ fn verdict(session: &Session, check: &Value) -> Outcome<u8> {
         crate::output::col("name", "name", crate::output::Show::Text),
         crate::output::col("verdict", "verdict", crate::output::Show::Text),
         crate::output::col("findings", "findings", crate::output::Show::Text),
+        crate::output::col("repaired", "repaired", crate::output::Show::Text),
     ];
     session.print(check, COLUMNS)?;
     Ok(match check.get("verdict").and_then(Value::as_str) {
@@ -94,8 +95,10 @@ async fn pool(session: &Session, verb: &PoolVerb) -> Outcome<u8> {
         PoolVerb::Show { name } => {
             session.show(&format!("/api/v1/pools/{}", segment(name)), columns::POOL).await?
         }
-        PoolVerb::Check { name } => {
-            let path = format!("/api/v1/pools/{}/check", segment(name));
+        PoolVerb::Check { name, repair } => {
+            // A dry run of a repair is a check.
+            let repair = *repair && !session.is_dry_run();
+            let path = format!("/api/v1/pools/{}/check?repair={repair}", segment(name));
             let check = session.send(Method::POST, &path, None).await?;
             return verdict(session, &check);
         }

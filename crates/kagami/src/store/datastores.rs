@@ -325,6 +325,7 @@ impl Store {
             }
             .into(),
             findings: news.map(ToString::to_string).collect(),
+            repaired: Vec::new(),
         })
     }
 

@@ -429,13 +429,24 @@ impl Store {
         Ok(Change::Done(view))
     }
 
-    /// Checks a pool's metadata.
-    pub async fn check_pool(&self, name: &str) -> Outcome<CheckView> {
+    /// Checks a pool's metadata. With `repair` leaks are given back, where nothing worse is found.
+    pub async fn check_pool(&self, name: &str, repair: bool) -> Outcome<CheckView> {
         let open = self.pool(name)?;
-        let report =
-            open.pool.check().await.map_err(|e| {
-                Problem::failed("KGM-POL-0012", format!("pool \"{name}\" cannot be checked"), e)
-            })?;
+        let cannot = |e: block::DiskError| {
+            Problem::failed("KGM-POL-0012", format!("pool \"{name}\" cannot be checked"), e)
+        };
+        let mut report = open.pool.check().await.map_err(cannot)?;
+        let mut repaired = Vec::new();
+        if repair && report.leaked_grains() > 0 {
+            let _turn = self.turn.take().await;
+            let (before, grains) = open.pool.repair_leaks().await.map_err(cannot)?;
+            report = open.pool.check().await.map_err(cannot)?;
+            if grains > 0 {
+                tracing::warn!(pool = name, grains, "leaked grains were given back");
+                let gone = before.findings.iter().filter(|f| !report.findings.contains(f));
+                repaired = gone.map(ToString::to_string).collect();
+            }
+        }
         Ok(CheckView {
             name: name.to_owned(),
             verdict: match (report.faults().next().is_some() || report.incomplete, report.leaked_grains()) {
@@ -445,6 +456,7 @@ impl Store {
             }
             .into(),
             findings: report.findings.iter().map(ToString::to_string).collect(),
+            repaired,
         })
     }
 

@@ -40,6 +40,13 @@ fn a_revert_is_undone_or_accepted() {
     place.ok(&["snap", "revert", "a@one", "--yes"]);
     assert_eq!((first(&place), &place.json(&["lun", "show", "a"])["reverted"]), (1, &json!(true)));
     put(&place, 3);
+    // Another revert would give up one of the two branches: which one, the operator says.
+    for words in [&["snap", "revert", "a@one", "--yes"][..], &["snap", "revert", "a@one", "-n"]] {
+        let text = place.refuses(4, "KGM-LUN-0009", words);
+        let both = ["kagami lun undo-revert a", "kagami snap revert a@SNAP --accept"];
+        assert!(both.iter().all(|next| text.contains(next)), "{text}");
+    }
+    assert_eq!((first(&place), &place.json(&["lun", "show", "a"])["reverted"]), (3, &json!(true)));
     place.refuses(5, "KGM-CLI-0005", &["lun", "undo-revert", "a"]);
     place.ok(&["lun", "undo-revert", "a", "--yes"]);
     assert_eq!((first(&place), &place.json(&["lun", "show", "a"])["reverted"]), (2, &json!(false)));
@@ -47,9 +54,17 @@ fn a_revert_is_undone_or_accepted() {
     place.ok(&["snap", "revert", "a@one", "--accept", "--yes"]);
     place.refuses(4, "KGM-LUN-0005", &["lun", "undo-revert", "a", "--yes"]);
     assert_eq!(first(&place), 1);
+    // Accepted: the next revert is granted. Its snapshot may go before that is accepted.
+    put(&place, 4);
+    place.ok(&["snap", "revert", "a@one", "--yes"]);
+    assert_eq!(first(&place), 1);
+    place.ok(&["snap", "rm", "a@one", "--yes"]);
+    place.ok(&["snap", "revert", "a@one", "--accept", "--yes"]);
+    place.refuses(4, "KGM-LUN-0005", &["snap", "revert", "a@one", "--accept", "--yes"]);
+    place.ok(&["snap", "create", "a@two"]);
     // Served: not by itself, and not what stands on it.
     place.ok(&["export", "start", "a"]);
-    place.refuses(4, "KGM-LUN-0003", &["snap", "revert", "a@one", "--yes"]);
+    place.refuses(4, "KGM-LUN-0003", &["snap", "revert", "a@two", "--yes"]);
     place.ok(&["export", "stop", "a"]);
     assert_eq!(place.json(&["pool", "check", "p1"])["verdict"], "clean");
 }
@@ -89,6 +104,105 @@ fn the_trash_gives_back_and_is_emptied() {
     place.refuses(3, "KGM-LUN-0404", &["lun", "rm", "a", "--now", "--yes"]);
     place.ok(&["lun", "rm", "b", "--now", "--yes"]);
     assert_eq!(place.json(&["pool", "check", "p1"])["verdict"], "clean");
+}
+
+/// What the checker says, with the exit codes that checks have everywhere; and the one thing that it repairs.
+#[test]
+fn a_pool_is_checked_and_its_leaks_are_given_back() {
+    let place = with_luns("leaks", &["a"]);
+    place.ok(&["export", "start", "a"]);
+    write(&place, "a", &[0, 1, 2], 7);
+    let before = content(&place, "a");
+    place.ok(&["export", "stop", "a", "--yes"]);
+    let check = |code: i32, words: &[&str]| {
+        let out = place.run(&[words, &["-o", "json"]].concat());
+        assert_eq!(out.status.code(), Some(code), "{words:?}: {}", crate::common::both(&out));
+        serde_json::from_slice::<Value>(&out.stdout).unwrap()
+    };
+    assert_eq!(check(0, &["pool", "check", "p1"])["verdict"], "clean");
+    assert_eq!(check(0, &["pool", "check", "p1", "--repair"])["repaired"], json!([]));
+    place.fails(1, &["pool", "check", "nowhere"]);
+    // Grains that are marked as used and belong to nobody, on the medium itself.
+    let used = place.json(&["pool", "show", "p1"])["used_bytes"].as_u64().unwrap();
+    place.ok(&["serve", "--stop"]);
+    leak(&place.home().join("media/p1.pool"), &[2000, 2001, 5000]);
+    let found = check(3, &["pool", "check", "p1"]);
+    assert_eq!(found["verdict"], "leaks");
+    assert_eq!(found["findings"].as_array().unwrap().len(), 2, "{found}");
+    assert!(found["findings"][0].as_str().unwrap().starts_with("grains 2000+2"), "{found}");
+    // A dry run looks only.
+    assert_eq!(check(3, &["pool", "check", "p1", "--repair", "-n"])["repaired"], json!([]));
+    let repaired = check(0, &["pool", "check", "p1", "--repair"]);
+    assert_eq!((&repaired["verdict"], &repaired["findings"]), (&json!("clean"), &json!([])));
+    assert_eq!(repaired["repaired"], found["findings"]);
+    assert_eq!(check(0, &["pool", "check", "p1"])["verdict"], "clean");
+    assert_eq!(place.json(&["pool", "show", "p1"])["used_bytes"].as_u64().unwrap(), used);
+    place.ok(&["export", "start", "a"]);
+    assert!(content(&place, "a") == before);
+    place.ok(&["export", "stop", "a", "--yes"]);
+    // A page of which no copy is whole: corrupt, and nothing is given back.
+    place.ok(&["serve", "--stop"]);
+    leak(&place.home().join("media/p1.pool"), &[3000]);
+    damage_map(&place, "a");
+    let found = check(2, &["pool", "check", "p1", "--repair"]);
+    assert_eq!((&found["verdict"], &found["repaired"]), (&json!("corrupt"), &json!([])), "{found}");
+    let text = found["findings"].to_string();
+    assert!(text.contains("no copy of its page is whole"), "{text}");
+}
+
+/// Marks free grains of the only medium as used, and counts them.
+fn leak(file: &std::path::Path, grains: &[u64]) {
+    use array::format::{
+        BITMAP_TREE, GRAIN_BYTES, PAGE_BYTES, PAIR_BYTES, PageKey, decode_page, encode_page,
+    };
+    use std::os::unix::fs::FileExt;
+    let file = std::fs::File::options().read(true).write(true).open(file).unwrap();
+    let (mut head, at) = newest_head(&file);
+    let first = head.table[0].bitmap_grain.get();
+    let (key, pair) = (PageKey { tree: BITMAP_TREE, level: 0, index: 0 }, first * GRAIN_BYTES / PAIR_BYTES);
+    let mut bytes = vec![0; PAIR_BYTES as usize];
+    file.read_exact_at(&mut bytes, first * GRAIN_BYTES).unwrap();
+    let copies = bytes.chunks(PAGE_BYTES).enumerate();
+    let whole = copies.filter_map(|(slot, bytes)| Some((decode_page(key, pair, bytes)?, slot)));
+    let ((generation, mut entries), slot) = whole.max_by_key(|((generation, _), _)| *generation).unwrap();
+    for grain in grains {
+        let (word, bit) = ((grain / 64) as usize, 1 << (grain % 64));
+        assert_eq!(entries[word] & bit, 0, "grain {grain} is free");
+        entries[word] |= bit;
+    }
+    let mut page = [0; PAGE_BYTES];
+    encode_page(key, pair, generation, &entries, &mut page);
+    file.write_all_at(&page, first * GRAIN_BYTES + slot as u64 * PAGE_BYTES as u64).unwrap();
+    head.used_grains = (head.used_grains.get() + grains.len() as u64).into();
+    head.seal();
+    file.write_all_at(zerocopy::IntoBytes::as_bytes(&head), at).unwrap();
+}
+
+/// The head of a medium that counts, and where it lies.
+fn newest_head(file: &std::fs::File) -> (array::format::Head, u64) {
+    use std::os::unix::fs::FileExt;
+    let read = |at: u64| {
+        let mut bytes = [0; array::format::PAGE_BYTES];
+        file.read_exact_at(&mut bytes, at).unwrap();
+        array::format::Head::check(&bytes).unwrap().map(|head| (head, at))
+    };
+    let heads = array::format::HEAD_AT.into_iter().filter_map(read);
+    heads.max_by_key(|(head, _)| head.sequence.get()).unwrap()
+}
+
+/// Makes both copies of the root of a LUN's map unreadable.
+fn damage_map(place: &Place, lun: &str) {
+    use std::os::unix::fs::FileExt;
+    let dump = place.offline("p1", async |pool| {
+        let top = pool.lun(lun).unwrap().record().unwrap().top;
+        (top, pool.dump())
+    });
+    let layer =
+        dump.1.split("LayerRecord {").find(|text| text.contains(&format!(" id: {},", dump.0))).unwrap();
+    let root = layer.split("root: ").nth(1).unwrap().split(',').next().unwrap();
+    let at = root.parse::<u64>().unwrap() * array::format::PAIR_BYTES;
+    let file = std::fs::File::options().write(true).open(place.home().join("media/p1.pool")).unwrap();
+    file.write_all_at(&[0x5a; array::format::PAIR_BYTES as usize], at).unwrap();
 }
 
 #[test]
@@ -156,6 +270,15 @@ fn a_pool_goes_to_another_home_with_all_that_lies_in_it() {
         write(&old, slot, &[1, 100], 4);
     }
     old.ok(&["snap", "create", "d@monday"]);
+    let identity = |place: &Place| {
+        let lun = place.json(&["lun", "show", "d"]);
+        ["id", "naa", "serial"].map(|field| lun[field].as_str().unwrap().to_owned())
+    };
+    let born = identity(&old);
+    old.ok(&["clone", "create", "d@monday", "d-copy"]);
+    let copy = old.json(&["lun", "show", "d-copy"]);
+    assert!(["id", "naa", "serial"].iter().zip(&born).all(|(field, born)| copy[field] != **born), "{copy}");
+    old.ok(&["lun", "rm", "d-copy", "--now", "--yes"]);
     old.ok(&["group", "create", "g1", "d", "ds1"]);
     let before = contents(&old, "sql01");
     // Somebody else's as long as its daemon runs.
@@ -182,6 +305,7 @@ fn a_pool_goes_to_another_home_with_all_that_lies_in_it() {
     new.refuses(4, "KGM-POL-0003", &["pool", "import", &files[0], &files[1], "--name", "other"]);
     assert_eq!(new.json(&["vm", "show", "sql01"])["state"], "ok");
     assert!(new.json(&["snap", "ls", "d"]).to_string().contains("d@monday"));
+    assert_eq!(identity(&new), born, "a LUN is the same one wherever its pool is");
     assert_eq!(new.json(&["group", "ls"])[0]["name"], "g1");
     let mapping = &new.json(&["rdm", "ls"])[0];
     assert!(mapping["state"] == "resolved" && mapping["lun"] == "d", "{mapping}");
