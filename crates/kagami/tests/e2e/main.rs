@@ -6,6 +6,7 @@
 mod common;
 
 mod commands;
+mod engines;
 mod faults;
 mod iscsi;
 mod mappings;
