@@ -69,7 +69,19 @@ impl Home {
         use std::os::unix::fs::DirBuilderExt;
         let mut builder = std::fs::DirBuilder::new();
         builder.recursive(true).mode(0o700);
-        for name in ["", "pools", "datastores", "vms", "exports", "cuts", "scsi", "jobs", "media"] {
+        for name in [
+            "",
+            "pools",
+            "datastores",
+            "vms",
+            "exports",
+            "cuts",
+            "restores",
+            "doing",
+            "scsi",
+            "jobs",
+            "media",
+        ] {
             let dir = self.dir.join(name);
             builder.create(&dir).map_err(|e| {
                 Problem::failed("KGM-SRV-0001", format!("cannot make {}", dir.display()), e)

@@ -10,8 +10,8 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 
-use crate::files;
-use crate::model::{JobView, NewBackup, NewRestore};
+use crate::files::{self, RecordError, Versioned};
+use crate::model::{JobView, NewBackup, NewRestore, UndoRestore};
 use crate::problem::{Kind, Outcome, Problem};
 use crate::store::RemoteStore;
 
@@ -88,6 +88,8 @@ pub enum Work {
     Backup(NewBackup),
     /// Restore a backup.
     Restore(NewRestore),
+    /// Bring back what was there before a restore in place.
+    UndoRestore(UndoRestore),
 }
 
 impl Work {
@@ -95,6 +97,7 @@ impl Work {
         match self {
             Self::Backup(_) => "backup",
             Self::Restore(_) => "restore",
+            Self::UndoRestore(_) => "undo-restore",
         }
     }
 
@@ -102,6 +105,7 @@ impl Work {
         match self {
             Self::Backup(new) => new.vms().join(", "),
             Self::Restore(new) => new.backup.clone(),
+            Self::UndoRestore(new) => new.vm.clone(),
         }
     }
 }
@@ -198,7 +202,7 @@ impl Jobs {
         let records = jobs.values().map(|job| lock(&job.record).clone());
         let backups = records.filter(|r| r.view.state == "running").filter_map(|r| match r.work {
             Work::Backup(new) => Some(new),
-            Work::Restore(_) => None,
+            Work::Restore(_) | Work::UndoRestore(_) => None,
         });
         backups.collect()
     }
@@ -296,6 +300,7 @@ impl Jobs {
                         let _ = job.ended.send(true);
                         return;
                     }
+                Work::UndoRestore(new) => store.undo_restore(new.vm, progress).await,
                     view.state = if cancelled { "cancelled" } else { "failed" }.into();
                     view.problem = Some(problem);
                 }

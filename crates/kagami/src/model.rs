@@ -737,6 +737,29 @@ pub struct NewRestore {
     pub datastore: Option<String>,
     /// Pool of new LUNs.
     pub pool: Option<String>,
+    /// Map the new LUN as this disk, in the mode of the mapping that was backed up.
+    #[serde(default)]
+    pub map: Option<String>,
+    /// Checks that are overridden: `identity`, that a disk is the one that was backed up.
+    #[serde(default)]
+    pub force: Vec<String>,
+    /// Move at most so many bytes a second of each disk.
+    #[serde(default)]
+    pub limit_bytes_per_second: Option<u64>,
+}
+
+/// A hold on a LUN's past that is let go.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+pub struct ReleaseHold {
+    /// Who holds it, as the pool shows it.
+    pub holder: String,
+}
+
+/// A VM whose latest restore in place is undone or accepted.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+pub struct UndoRestore {
+    /// The VM.
+    pub vm: String,
 }
 
 /// A job.
@@ -744,7 +767,7 @@ pub struct NewRestore {
 pub struct JobView {
     /// Identity; later jobs sort later.
     pub id: String,
-    /// `backup`, `restore`.
+    /// `backup`, `restore`, `undo-restore`.
     pub kind: String,
     /// What it works on.
     pub object: String,

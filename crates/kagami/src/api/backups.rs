@@ -1,4 +1,4 @@
-//! Jobs: backup and restore. 202 with the job's address; the job says how far it is.
+//! Jobs: backup, restore and what undoes it. 202 with the job's address; the job says how far it is.
 
 use std::time::Duration;
 
@@ -11,7 +11,7 @@ use utoipa_axum::routes;
 
 use super::{Body, Change, Dry, Query, Shared};
 use crate::jobs::Work;
-use crate::model::{JobView, NewBackup, NewRestore, Plan};
+use crate::model::{JobView, LunView, NewBackup, NewRestore, Plan, ReleaseHold, UndoRestore};
 use crate::problem::{Outcome, Problem};
 
 /// Routes of this file.
@@ -19,6 +19,9 @@ pub fn routes() -> OpenApiRouter<Shared> {
     OpenApiRouter::new()
         .routes(routes!(create_backup))
         .routes(routes!(create_restore))
+        .routes(routes!(undo_restore))
+        .routes(routes!(accept_restore))
+        .routes(routes!(release_hold))
         .routes(routes!(list_jobs))
         .routes(routes!(show_job))
         .routes(routes!(cancel_job))
@@ -62,6 +65,50 @@ async fn create_restore(
         return Ok(Change::<()>::Would(plan).into_response());
     }
     daemon.jobs.begin(Work::Restore(new)).map(accepted)
+}
+
+/// Brings back what a VM held before the latest restore over it.
+#[utoipa::path(post, path = "/api/v1/restores/undo", request_body = UndoRestore, params(Dry),
+    responses((status = 202, body = JobView), (status = "default", body = Problem)))]
+async fn undo_restore(
+    State(daemon): State<Shared>,
+    Query(dry): Query<Dry>,
+    Body(new): Body<UndoRestore>,
+) -> Outcome<Response> {
+    let vm = new.vm.clone();
+    let plan: Plan = daemon.store.ask(move |store| async move { store.plan_undo(&vm).await }).await?;
+    if dry.dry_run {
+        return Ok(Change::<()>::Would(plan).into_response());
+    }
+    daemon.jobs.begin(Work::UndoRestore(new)).map(accepted)
+}
+
+/// Gives up what a VM held before the latest restore over it.
+#[utoipa::path(post, path = "/api/v1/restores/accept", request_body = UndoRestore, params(Dry),
+    responses((status = 200, body = Plan), (status = "default", body = Problem)))]
+async fn accept_restore(
+    State(daemon): State<Shared>,
+    Query(dry): Query<Dry>,
+    Body(new): Body<UndoRestore>,
+) -> Outcome<Json<Plan>> {
+    daemon
+        .store
+        .ask(move |store| async move { store.accept_in_place(&new.vm, dry.dry_run).await })
+        .await
+        .map(Json)
+}
+
+/// Lets go what a holder keeps of a LUN's past.
+#[utoipa::path(post, path = "/api/v1/luns/{lun}/release", request_body = ReleaseHold,
+    params(("lun" = String, Path), Dry),
+    responses((status = 200, body = LunView), (status = "default", body = Problem)))]
+async fn release_hold(
+    State(daemon): State<Shared>,
+    Path(lun): Path<String>,
+    Query(dry): Query<Dry>,
+    Body(new): Body<ReleaseHold>,
+) -> Outcome<Change<LunView>> {
+    daemon.store.ask(move |store| async move { store.release_holder(&lun, new, dry.dry_run).await }).await
 }
 
 /// All jobs, oldest first.

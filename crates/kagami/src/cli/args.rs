@@ -650,11 +650,11 @@ pub enum BackupVerb {
 /// Arguments of `restore`.
 #[derive(Args, Debug)]
 pub struct RestoreArgs {
-    /// Backup id, the beginning of it, or a VM's name (its latest)
+    /// Backup id, the beginning of it, or a VM's name (its latest); the VM's name for --undo and --accept
     pub backup: String,
     /// The repository
-    #[arg(long)]
-    pub repo: PathBuf,
+    #[arg(long, required_unless_present_any = ["undo", "accept"])]
+    pub repo: Option<PathBuf>,
     /// As a new VM of this name, with new identities
     #[arg(long, value_name = "NAME", group = "target")]
     pub r#as: Option<String>,
@@ -664,7 +664,7 @@ pub struct RestoreArgs {
     /// Into this file (needs --disk): raw, or VMDK when it ends in .vmdk; no daemon needed
     #[arg(long, value_name = "FILE", group = "target")]
     pub to: Option<PathBuf>,
-    /// Into a new LUN of this name, unmapped (needs --disk): kagami rdm create maps it
+    /// Into a new LUN of this name (needs --disk), unmapped unless --map says where
     #[arg(long, value_name = "NAME", group = "target")]
     pub to_lun: Option<String>,
     /// One disk only, by its slot (scsi0:1)
@@ -678,6 +678,21 @@ pub struct RestoreArgs {
     pub pool: Option<String>,
     /// Print the job and do not wait for it
     #[arg(long)]
+    /// Bring back what the VM held before the latest restore in place, whether that came to its end or not
+    #[arg(long, group = "target")]
+    pub undo: bool,
+    /// Give up what the VM held before the latest restore in place
+    #[arg(long, group = "target")]
+    pub accept: bool,
+    /// Map the new LUN as DATASTORE:DIR/NAME.vmdk, in the mode of the mapping that was backed up (else virtual)
+    #[arg(long, value_name = "DISK")]
+    pub map: Option<String>,
+    /// In place: write over a disk though it is not the one that was backed up
+    #[arg(long, value_name = "CHECK", require_equals = true, value_parser = ["identity"])]
+    pub force: Vec<String>,
+    /// Move at most so much a second of each disk, such as 100M/s
+    #[arg(long, value_name = "RATE", conflicts_with = "to")]
+    pub limit: Option<String>,
     pub detach: bool,
 }
 

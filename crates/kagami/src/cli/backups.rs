@@ -4,6 +4,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use backup::{BackupId, Depth, Manifest, Progress, Repository};
+use hyper::Method;
 use serde_json::{Value, json};
 
 use super::args::{BackupVerb, Global, RestoreArgs, VmsnapArgs};
@@ -359,18 +360,25 @@ fn prune(
 
 /// `restore`.
 pub async fn restore(global: &Global, args: &RestoreArgs) -> Outcome {
+    if args.undo || args.accept {
+        return undo_or_accept(global, args).await;
+    }
+    let Some(repo) = &args.repo else {
+        return Err(Problem::usage("from which repository?").hint("--repo DIR"));
+    };
     if let Some(file) = &args.to {
-        return restore_to_file(global, args, file);
+        return restore_to_file(global, args, repo, file);
     }
     if args.r#as.is_none() && !args.in_place && args.to_lun.is_none() {
         return Err(Problem::usage("where to?").hint(
             "--as NAME for a new VM, --in-place over the old one, --to FILE or --to-lun NAME for one disk",
         ));
     }
-    let repo = absolute(&args.repo)?;
+    let rate = |text: &String| parse_size(text.trim_end_matches("/s"));
+    let limit = args.limit.as_ref().map(rate).transpose().map_err(|e| Problem::usage(e.to_string()))?;
     let body = json!({
-        "backup": args.backup, "repo": repo, "new_vm": args.r#as, "in_place": args.in_place,
-        "new_lun": args.to_lun,
+        "backup": args.backup, "repo": absolute(repo)?, "new_vm": args.r#as, "in_place": args.in_place,
+        "new_lun": args.to_lun, "map": args.map, "force": args.force, "limit_bytes_per_second": limit,
         "disk": args.disk, "datastore": args.datastore, "pool": args.pool,
     });
     let session = Session::open(global)?;
@@ -387,8 +395,25 @@ pub async fn restore(global: &Global, args: &RestoreArgs) -> Outcome {
     Ok(())
 }
 
-fn restore_to_file(global: &Global, args: &RestoreArgs, file: &Path) -> Outcome {
-    let repository = open(&args.repo)?;
+/// Ends what a restore in place began: back to what was there before, or for good.
+async fn undo_or_accept(global: &Global, args: &RestoreArgs) -> Outcome {
+    let (session, body) = (Session::open(global)?, json!({"vm": args.backup}));
+    let path = if args.undo { "/api/v1/restores/undo" } else { "/api/v1/restores/accept" };
+    if args.accept {
+        return session.destroy(Method::POST, path, Some(body), "restore of VM", &args.backup).await;
+    }
+    if !global.yes && !global.dry_run {
+        let loss = format!("what {} holds now, where it differs from before the restore", args.backup);
+        super::session::confirm_loss(&[loss], 0, "VM", &args.backup)?;
+    }
+    if let Some(done) = session.job(path, body, args.detach).await? {
+        print_done(&session.out, done, columns::RESTORE_DONE)?;
+    }
+    Ok(())
+}
+
+fn restore_to_file(global: &Global, args: &RestoreArgs, repo: &Path, file: &Path) -> Outcome {
+    let repository = open(repo)?;
     let id = resolve(&repository, &args.backup)?;
     let manifest =
         repository.manifest(id).map_err(|e| repository_problem(format!("cannot read backup {id}"), &e))?;

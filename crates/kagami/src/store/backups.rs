@@ -163,6 +163,8 @@ impl Store {
     fn plan_vm(&self, name: &str, new: &NewBackup, several: bool, would: &mut Vec<String>) -> Outcome {
         let vm = self.open_vm(name)?;
         self.not_occupied(name)?;
+        self.not_mixed(name)?;
+        self.cut_is_known(name)?;
         if let Some(trouble) = vm.troubles().first() {
             let title = format!("VM \"{name}\" is not backed up");
             return Err(Problem::new("KGM-BKP-0008", Kind::Refused, title)
@@ -388,7 +390,7 @@ impl Store {
     }
 
     pub(super) async fn open_frozen(&self, vm: &Rc<Vm>, frozen: &mut Frozen) -> Outcome {
-        let home = self.frozen_folder(&vm.datastore, frozen).await?;
+        let home = self.folder_at(&vm.datastore, &frozen.images.snap).await?;
         frozen.files = self.small_files(vm, home.volume()).await?;
         let mut folders = vec![(vm.datastore.name.clone(), home)];
         for open in vm.disks() {
@@ -407,7 +409,7 @@ impl Store {
                 let folder = match known {
                     Some(folder) => folder,
                     None => {
-                        let folder = self.frozen_folder(&open.datastore, frozen).await?;
+                        let folder = self.folder_at(&open.datastore, &frozen.images.snap).await?;
                         folders.push((open.datastore.name.clone(), Rc::clone(&folder)));
                         folder
                     }
@@ -470,8 +472,8 @@ impl Store {
         Ok((disks, lists))
     }
 
-    /// The files of a datastore as they were at the cut.
-    async fn frozen_folder(&self, datastore: &Datastore, frozen: &Frozen) -> Outcome<Rc<VmfsFolder>> {
+    /// The files of a datastore as they were at the cut that made these snapshots.
+    pub(super) async fn folder_at(&self, datastore: &Datastore, snap: &str) -> Outcome<Rc<VmfsFolder>> {
         let snapshot = datastore
             .lun
             .open_snapshot(&frozen.images.snap)

@@ -11,6 +11,8 @@ mod datastores;
 mod disks;
 mod exports;
 mod iscsi;
+mod holds;
+mod in_place;
 mod luns;
 mod pools;
 mod rdms;
@@ -105,6 +107,11 @@ impl RemoteStore {
     /// Stops serving and makes everything durable.
     pub async fn close(&self) {
         self.ask(|store| async move { store.close().await }).await;
+    /// Brings back what a VM held before the latest restore over it; the job's result.
+    pub async fn undo_restore(&self, vm: String, progress: Arc<Progress>) -> Outcome<serde_json::Value> {
+        self.ask(move |store| async move { store.undo_in_place(&vm, progress).await }).await
+    }
+
         self.lane.run(|| async { STORE.with(|s| s.borrow_mut().take()).is_some() }).await;
     }
 }
@@ -125,6 +132,8 @@ impl Folder {
             Self::Pools => "pools",
             Self::Datastores => "datastores",
             Self::Vms => "vms",
+    Restores,
+    Doing,
             Self::Exports => "exports",
             Self::Cuts => "cuts",
         }
@@ -135,6 +144,21 @@ impl Folder {
 pub struct Store {
     /// Itself, for disks that ask for their LUNs again.
     this: Weak<Self>,
+            Self::Restores => "restores",
+            Self::Doing => "doing",
+        }
+    }
+
+    /// The newest format of its records that this program knows.
+    fn known(self) -> u32 {
+        match self {
+            Self::Pools => pools::PoolRecord::FORMAT,
+            Self::Datastores => datastores::DatastoreRecord::FORMAT,
+            Self::Vms => vms::VmRecord::FORMAT,
+            Self::Exports => exports::ExportRecord::FORMAT,
+            Self::Cuts => standing::CutRecord::FORMAT,
+            Self::Restores => in_place::InPlace::FORMAT,
+            Self::Doing => doing::DoingRecord::FORMAT,
     home: Home,
     /// Whoever listens to what happens.
     events: Events,
@@ -161,6 +185,10 @@ pub struct Store {
 
 /// A job works on a VM: until this is dropped nobody else changes the VM, removes it or works on it.
 pub struct Occupied {
+    /// VMs with the record of a cut that cannot be read, and why.
+    unread_cuts: RefCell<BTreeMap<String, String>>,
+    /// Restores over VMs.
+    in_places: in_place::InPlaces,
     all: Rc<RefCell<BTreeMap<String, &'static str>>>,
     vm: String,
 }
@@ -197,6 +225,8 @@ impl Store {
         // Snapshots go only when no record asks any more whether their cut happened.
         store.in_doubt.set(!store.resolve_vmsnaps(&records).await);
         store.load_cuts().await?;
+            unread_cuts: RefCell::default(),
+            in_places: in_place::InPlaces::default(),
         store.drop_all_frozen().await;
         store.open_vms(records).await?;
         store.serve_nbd(serving.nbd_tcp).await?;
@@ -208,6 +238,7 @@ impl Store {
     }
 
     async fn close(&self) {
+        store.load_in_place().await?;
         self.hold_no_more(&self.open_vms_now());
         let _turn = self.turn.take().await;
         self.drop_all_frozen().await;
@@ -291,3 +322,4 @@ fn rfc3339(seconds: u64) -> Option<String> {
     let seconds = i64::try_from(seconds).ok().filter(|s| *s > 0)?;
     jiff::Timestamp::from_second(seconds).ok().map(|t| t.to_string())
 }
+        all.extend(self.in_place_troubles());

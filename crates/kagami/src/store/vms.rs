@@ -259,7 +259,8 @@ impl Store {
             (disks.iter().any(|d| d.disk.is_undecided()), "in doubt: flushes are refused"),
             (view.disks.iter().any(|d| d.kind == "delta"), "needs consolidation"),
         ];
-        view.state = states.iter().find(|(is, _)| *is).map_or("ok", |(_, state)| *state).into();
+        let state = states.iter().find(|(is, _)| *is).map_or("ok", |(_, state)| *state);
+        view.state = self.mixed_state(&record.name).unwrap_or(state).into();
         view
     }
 
@@ -546,11 +547,23 @@ impl Store {
         }
         let datastore = if how.all { Some(self.open_datastore_now(&record.datastore)?) } else { None };
         self.drop_frozen(name).await;
-        self.forget(Folder::Vms, name).await?;
-        drop(self.vms.borrow_mut().remove(name));
-        if let Some(datastore) = datastore {
-            self.remove_vm_files(&datastore, directory(&record.vmx)).await;
-        }
+        let home = directory(&record.vmx);
+        let doing = Doing::RemoveVm {
+            name: name.to_owned(),
+            datastore: record.datastore.clone(),
+            home: home.to_owned(),
+            all: how.all,
+        };
+        self.noted(doing, async || {
+            self.forget(Folder::Vms, name).await?;
+            drop(self.vms.borrow_mut().remove(name));
+            if let Some(datastore) = datastore {
+                self.forget_in_place(name).await?;
+                self.remove_vm_files(&datastore, home).await;
+            }
+            Ok(())
+        })
+        .await?;
         tracing::info!(vm = name, files = how.all, "VM removed");
         Ok(Change::Done(view))
     }

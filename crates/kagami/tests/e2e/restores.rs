@@ -73,6 +73,22 @@ fn one_disk_goes_to_a_file_a_lun_or_back_over_itself() {
     let naa = |lun: &str| place.json(&["lun", "show", lun])["naa"].clone();
     assert_ne!(naa("d2"), naa("sql01-d"));
 
+    // In one command, mapped in the mode that it was backed up in.
+    let mapped = ["restore", &id, "--repo", &repo, "--disk", "scsi0:1", "--to-lun", "d3", "--map"];
+    place.fails(2, &["restore", &id, "--repo", &repo, "--as", "x", "--map", "ds1:x/d3.vmdk"]);
+    place.refuses(4, "KGM-DSK-0409", &[&mapped[..], &["ds1:x/d2.vmdk"]].concat());
+    place.refuses(2, "KGM-CLI-0001", &[&mapped[..], &["ds1:x/d3-flat.vmdk"]].concat());
+    let plan = place.ok(&[&mapped[..], &["ds1:x/d3.vmdk", "-n"]].concat());
+    assert!(plan.contains("map it as") && plan.contains("physical mode"), "{plan}");
+    let done = place.json(&[&mapped[..], &["ds1:x/d3.vmdk"]].concat());
+    assert_eq!(done["mapping"], "ds1:x/d3.vmdk");
+    let mapping = place.json(&["rdm", "show", "ds1:x/d3.vmdk"]);
+    assert!(mapping["lun"] == "d3" && mapping["mode"] == "physical", "{mapping}");
+    assert!(mapping["state"] == "resolved" && mapping["naa"] == naa("d3"), "{mapping}");
+    place.ok(&["vm", "attach", "sql01", "ds1:x/d3.vmdk"]);
+    place.ok(&["export", "start", "sql01/scsi0:3"]);
+    assert!(content(&place, "sql01/scsi0:3") == at_backup[1]);
+
     // Over itself: one disk, the same LUN, only what differs.
     write(&place, "sql01/scsi0:0", &[5], 9);
     write(&place, "sql01/scsi0:1", &[100, 7], 9);
@@ -283,4 +299,68 @@ fn a_restore_goes_on_after_the_daemon_was_killed_and_leaves_nothing_behind() {
     // A daemon that is killed may leave a leak on VMFS, never damage.
     let check = place.run(&["datastore", "check", "ds1"]);
     assert!(matches!(check.status.code(), Some(0 | 3)), "{}", crate::common::both(&check));
+}
+
+#[test]
+fn a_restore_to_a_lun_with_a_mapping_goes_on_after_the_daemon_was_killed() {
+    let place = with_vm("map-again");
+    write_noise(&place, "sql01/scsi0:1", 24, 8);
+    let wanted = content(&place, "sql01/scsi0:1");
+    let (repo, backup) = (repo(&place), back_up(&place));
+    let to =
+        ["--disk", "scsi0:1", "--to-lun", "d2", "--map", "ds1:x/d2.vmdk", "--limit", "12M/s", "--detach"];
+    let id = place.ok(&[&["restore", &backup, "--repo", &repo], &to[..]].concat()).trim().to_owned();
+    until("it is in the middle", || job(&place, &id)["done_bytes"].as_u64().unwrap() >= 4 << 20);
+    place.kill_daemon();
+    until("it is done", || job(&place, &id)["state"] != "running");
+    let seen = job(&place, &id);
+    assert!(seen["state"] == "done" && seen["attempts"] == 2, "{seen}");
+    let luns = place.json(&["lun", "ls"]);
+    assert_eq!(luns.as_array().unwrap().len(), 3, "nothing of the first attempt: {luns}");
+    assert_eq!(place.json(&["rdm", "show", "ds1:x/d2.vmdk"])["state"], "resolved");
+    place.ok(&["vm", "attach", "sql01", "ds1:x/d2.vmdk"]);
+    place.ok(&["export", "start", "sql01/scsi0:2"]);
+    assert!(content(&place, "sql01/scsi0:2") == wanted);
+}
+
+#[test]
+fn a_new_vm_gets_the_firmware_settings_and_the_rest_of_the_configuration() {
+    const MORE: &str =
+        "nvram = \"sql01.nvram\"\nextendedConfigFile = \"sql01.vmxf\"\nuefi.secureBoot = \"TRUE\"\n";
+    const VMXF: &str = "<Foundry><vmxPathName type=\"string\">sql01.vmx</vmxPathName></Foundry>\n";
+    let place = with_vm_unserved("nvram");
+    let firmware: Vec<u8> = (0..9000_u32).map(|n| (n % 251) as u8).collect();
+    place.on_volume(async |volume| {
+        let mut vmx = volume.read_file("/sql01/sql01.vmx", 1 << 20).await.unwrap();
+        vmx.extend_from_slice(MORE.as_bytes());
+        volume.write_file("/sql01/sql01.vmx", &vmx).await.unwrap();
+        volume.write_file("/sql01/sql01.nvram", &firmware).await.unwrap();
+        volume.write_file("/sql01/sql01.vmxf", VMXF.as_bytes()).await.unwrap();
+        volume.write_file("/sql01/sql01.vmsd", b"snapshot.numSnapshots = \"0\"\n").await.unwrap();
+    });
+    let (repo, id) = (repo(&place), back_up(&place));
+    let plan = place.ok(&["restore", &id, "--repo", &repo, "--as", "copy", "-n"]);
+    assert!(plan.contains("write copy.vmx, copy.nvram, copy.vmxf with new identities"), "{plan}");
+    assert!(plan.contains("leave out .vmsd"), "{plan}");
+    // What a restore in place does not touch, it says.
+    let plan = place.ok(&["restore", &id, "--repo", &repo, "--in-place", "-n"]);
+    assert!(
+        plan.contains("leave the configuration of sql01 as it is (.vmx, .vmsd, .nvram, .vmxf)"),
+        "{plan}"
+    );
+    place.ok(&["restore", &id, "--repo", &repo, "--as", "copy"]);
+    assert_eq!(place.json(&["vm", "show", "copy"])["state"], "ok");
+    place.on_volume(async |volume| {
+        let read = async |name: &str| volume.read_file(&format!("/copy/{name}"), 1 << 20).await.unwrap();
+        assert!(read("copy.nvram").await == firmware);
+        let vmxf = String::from_utf8(read("copy.vmxf").await).unwrap();
+        assert_eq!(vmxf, VMXF.replace("sql01", "copy"));
+        let vmx = String::from_utf8(read("copy.vmx").await).unwrap();
+        for line in
+            ["nvram = \"copy.nvram\"", "extendedConfigFile = \"copy.vmxf\"", "uefi.secureBoot = \"TRUE\""]
+        {
+            assert!(vmx.lines().any(|l| l == line), "{line}: {vmx}");
+        }
+        assert!(volume.entry("/copy/copy.vmsd").await.is_err());
+    });
 }
