@@ -238,6 +238,13 @@ pub enum LunVerb {
     UndoRevert {
         /// Name, UUID or naa. identity
         lun: String,
+    /// Let go what somebody who will not come back holds of the LUN's past, as backups to a repository that is gone
+    Release {
+        /// Name, UUID or naa. identity
+        lun: String,
+        /// Who holds it: kagami pool show POOL -o wide
+        holder: String,
+    },
     },
 }
 

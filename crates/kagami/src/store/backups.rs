@@ -328,16 +328,21 @@ impl Store {
             // The daemon ends, the backup does not: the cut stands, and the record says whose it is.
             return copied.map(|_| Value::Null);
         }
-        let Begun { frozen, vmsnap, base, .. } = begun;
+        let Begun { mut frozen, vmsnap, .. } = begun;
         if copied.is_ok() {
             progress.phase("hold generations");
-            let held = self.hold_generations(&vm, repository, &frozen, base.as_ref()).await;
+            let held = self.hold_generations(&vm, repository, &frozen).await;
             copied = held.and(copied);
         }
         self.forget_cut(&vm).await;
         let disks = frozen.disks.len();
-        if new.keep_frozen && vmsnap.is_none() && copied.is_ok() {
-            self.keep_frozen(&vm, frozen)?;
+        let (keep, by_redo) = (new.keep_frozen && copied.is_ok(), vmsnap.is_some());
+        let mut kept = None;
+        if keep {
+            if by_redo {
+                frozen.disks.clear(); // the bases are the VM's again: the snapshots below keep what they held
+            }
+            kept = Some(frozen);
         } else {
             self.thaw(frozen).await;
         }
@@ -573,29 +578,6 @@ impl Store {
             Err(e) => Err(repository_problem("the repository cannot be read", &e)),
         })
         .await
-    }
-
-    /// The generations of this backup are kept for the next one; those of the one before are let go (R42).
-    async fn hold_generations(
-        &self,
-        vm: &str,
-        repository: &Repository,
-        frozen: &Frozen,
-        base: Option<&Manifest>,
-    ) -> Outcome {
-        let holder = format!("backup of {vm} to {}", repository.id());
-        for disk in &frozen.disks {
-            let lun = &disk.below.lun;
-            let failed = |e: array::LunError| {
-                pool_problem(format!("the next backup of \"{vm}\" will read everything"), &e)
-            };
-            lun.hold(disk.generation, &holder).await.map_err(failed)?;
-            let old = base.and_then(|b| b.disk(&disk.open.slot.to_string()).ok()?.cut).map(Generation::from);
-            if let Some(old) = old.filter(|old| *old != disk.generation) {
-                lun.release(old, &holder).await.map_err(failed)?;
-            }
-        }
-        Ok(())
     }
 
     /// Removes the snapshots of a cut.

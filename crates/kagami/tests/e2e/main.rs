@@ -13,6 +13,7 @@ mod golden;
 mod images;
 mod in_place;
 mod incremental;
+mod iscsi;
 mod mappings;
 mod rest;
 mod restores;
