@@ -227,6 +227,7 @@ impl Store {
         store.load_cuts().await?;
             unread_cuts: RefCell::default(),
             in_places: in_place::InPlaces::default(),
+        store.load_in_place().await?;
         store.drop_all_frozen().await;
         store.open_vms(records).await?;
         store.serve_nbd(serving.nbd_tcp).await?;

@@ -17,6 +17,7 @@ use super::backups::{Frozen, Images};
 use super::cut::Cut;
 use super::redo::{parse_reserve, vmsnap_problem};
 use super::{Folder, Store};
+use crate::files::Versioned;
 use crate::jobs::Progress;
 use crate::model::NewBackup;
 use crate::problem::{Kind, Outcome, Problem};
@@ -43,6 +44,10 @@ pub struct CutRecord {
     luns: Vec<Uuid>,
     /// By redo logs: the VM's small files as they were before. Else they are in the snapshots.
     files: Vec<(String, Vec<u8>)>,
+}
+
+impl Versioned for CutRecord {
+    const FORMAT: u32 = FORMAT;
 }
 
 impl CutRecord {
@@ -83,20 +88,50 @@ pub struct Begun {
 impl Store {
     /// Reads the records, before any leftover of a backup is removed.
     pub(super) async fn load_cuts(&self) -> Outcome {
-        let records = self.load::<CutRecord>(Folder::Cuts).await?;
-        let known = records.into_iter().filter(|r| r.format == FORMAT);
-        *self.cuts.borrow_mut() = known.map(|r| (r.new.vm.clone(), r)).collect();
+        let (records, unread) = self.load_kept::<CutRecord>(Folder::Cuts).await?;
+        *self.cuts.borrow_mut() = records.into_iter().map(|r| (r.new.vm.clone(), r)).collect();
+        *self.unread_cuts.borrow_mut() = unread.into_iter().collect();
         Ok(())
     }
 
-    /// A snapshot that a record speaks of.
+    /// Reads the records of a folder, one for each VM; whatever this program cannot read, as what a newer one wrote, comes
+    /// back as VM and reason: what it speaks of must be left alone.
+    pub(super) async fn load_kept<T>(&self, folder: Folder) -> Outcome<Kept<T>>
+    where
+        T: Versioned + Send + 'static,
+    {
+        let (good, bad) = self.load_files::<T>(folder).await?;
+        let mut unread = Vec::new();
+        for (file, error) in bad {
+            self.is_unreadable(folder, &file, &error);
+            let vm = crate::cli::from_segment(file.trim_end_matches(".json"));
+            tracing::error!(vm, %error, "left alone, with what it speaks of");
+            unread.push((vm, error.to_string()));
+        }
+        Ok((good, unread))
+    }
+
+    /// A snapshot that a record speaks of, or one that cannot be read may speak of.
     pub(super) fn is_standing(&self, snap: &str) -> bool {
-        self.cuts.borrow().values().any(|r| r.snap == snap)
+        !self.unread_cuts.borrow().is_empty() || self.cuts.borrow().values().any(|r| r.snap == snap)
     }
 
     /// The VM is on redo logs that a backup goes on with.
     pub(super) fn stays_on_redo(&self, vm: &str) -> bool {
-        self.cuts.borrow().get(vm).is_some_and(CutRecord::is_redo)
+        self.unread_cuts.borrow().contains_key(vm)
+            || self.cuts.borrow().get(vm).is_some_and(CutRecord::is_redo)
+    }
+
+    /// Refuses what would end a backup of which this program cannot say how far it is.
+    pub(super) fn cut_is_known(&self, vm: &str) -> Outcome {
+        let unread = self.unread_cuts.borrow();
+        let Some(why) = unread.get(vm) else { return Ok(()) };
+        let path = self.object_path(Folder::Cuts, vm);
+        let title = format!("a backup of VM \"{vm}\" is under way that this kagami does not understand");
+        Err(Problem::new("KGM-BKP-0022", Kind::Refused, title).why(why).hint(format!(
+            "use the kagami that wrote it; or remove {} and restart the daemon: the backup is given up then",
+            path.display()
+        )))
     }
 
     /// Remembers the cut. Without the record the backup goes on, and begins anew after a restart.
@@ -226,5 +261,19 @@ impl Store {
         }
         self.frozen_above(vmsnap.as_ref(), &mapped, &mut frozen).await?;
         Ok((frozen, vmsnap))
+    }
+}
+
+/// Records that were read; and those that were not: VMs with reasons.
+type Kept<T> = (Vec<T>, Vec<(String, String)>);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn golden_cuts_of_format_1_are_read() {
+        let record = crate::files::golden::<CutRecord>("cuts/sql01.json");
+        assert!(record.is_redo() && record.new.vm == "sql01" && record.luns.len() == 1);
     }
 }

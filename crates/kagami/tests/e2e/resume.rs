@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use serde_json::Value;
 
-use crate::common::wire::{content, write_noise};
+use crate::common::wire::{content, with_vm, write_noise};
 use crate::common::{Place, until};
 
 /// More than a pack: how far a copy is gets noted when one is full.
@@ -141,4 +141,47 @@ fn a_backup_whose_cut_is_gone_makes_a_new_one_and_says_so() {
     assert!(d["read_bytes"] == NOISE_MIB << 20 && d["resumed_at_bytes"] == 0, "{d}");
     assert!(interrupted.restored("scsi0:1") == content(&interrupted.place, "sql01/scsi0:1"));
     assert_eq!(interrupted.place.json(&["snap", "ls"]), serde_json::json!([]));
+}
+
+#[test]
+fn a_cut_that_a_newer_program_remembers_is_left_alone() {
+    for via in ["snapshot", "redo"] {
+        let place = with_vm(&format!("resume-newer-{via}"));
+        write_noise(&place, "sql01/scsi0:1", 24, 1);
+        let repo = place.dir().join("repo").display().to_string();
+        let words = ["backup", "create", "sql01", "--repo", &repo, "--via", via];
+        let id = place.ok(&[&words[..], &["--limit", "4M", "--detach"]].concat()).trim().to_owned();
+        let job = || place.json(&["job", "show", &id]);
+        until("it copies", || job()["phase"] == "copy");
+        place.kill_daemon();
+        let record = records(&place).remove(0);
+        let text = std::fs::read_to_string(&record).unwrap();
+        let newer = text.replace("\"format\": 1,", "\"format\": 2,").replace("\"hold_us\"", "\"held\"");
+        assert_ne!(newer, text);
+        std::fs::write(&record, &newer).unwrap();
+        // The job that goes on is refused, and so is any other backup; nothing is taken away, whatever starts and ends.
+        until("it has ended", || job()["state"] != "running");
+        let problem = &job()["problem"];
+        assert_eq!(problem["code"], "KGM-BKP-0022", "{problem}");
+        for _ in 0..2 {
+            let text = place.refuses(5, "KGM-BKP-0022", &words);
+            assert!(text.contains("its format is 2") && text.contains("up to 1"), "both versions: {text}");
+            let cut = place.json(&["snap", "ls"]);
+            assert!(
+                !cut.as_array().unwrap().is_empty() && cut[0]["name"].as_str().unwrap().contains("@backup-"),
+                "{cut}"
+            );
+            let state = place.json(&["vm", "show", "sql01"])["state"].clone();
+            assert_eq!(state == "needs consolidation", via == "redo", "{state}");
+            let troubles = place.json(&["serve", "--status"])["troubles"].to_string();
+            assert!(troubles.contains("cuts/sql01.json"), "{troubles}");
+            assert_eq!(std::fs::read_to_string(&record).unwrap(), newer);
+            place.ok(&["serve", "--stop"]);
+        }
+        // The operator gives it up.
+        std::fs::remove_file(&record).unwrap();
+        assert_eq!(place.json(&["snap", "ls"]), serde_json::json!([]));
+        until("it is on its base again", || place.json(&["vm", "show", "sql01"])["state"] == "ok");
+        place.ok(&words);
+    }
 }
