@@ -1,7 +1,7 @@
 //! The main job in about a minute, through the doors that a user has: REST, NBD, the command line.
 //!
 //! Pool, VMFS datastore, VM with C: as a VMDK on VMFS and D: as an RDM; a writer process writes to both in turn; backup
-//! online by redo logs, then incrementally by a snapshot; restore as a new VM; proof over NBD.
+//! online by redo logs, then incrementally by a snapshot; each restored as a new VM, and proved over NBD.
 
 mod page;
 mod sequence;
@@ -21,13 +21,15 @@ use crate::files;
 use crate::home::Home;
 use crate::problem::{Kind, Outcome, Problem};
 use crate::units::{parse_disk_size, show_count, show_size};
-use page::{BackupLine, Page, ProofLine, Steps};
+use page::{BackupLine, Page, ProofLine, Proved, Steps, typed};
 use writer::Writer;
 
 /// Size of D: at least: the ring of the writer and some content.
 const SMALLEST: u64 = 64 << 20;
 /// Writes that must be acknowledged between a cut and the end of its copy.
 const WRITES_WANTED: u64 = 1000;
+/// The VMs that the backups are restored as.
+const COPIES: [&str; 2] = ["sql01-copy1", "sql01-copy2"];
 
 /// The writer process.
 pub fn writer(args: &WriterArgs) -> Outcome {
@@ -72,10 +74,18 @@ pub async fn run(global: &Global, args: &QuickstartArgs) -> Outcome {
         return Ok(());
     }
     prepare(&place)?;
-    let program = std::env::args().next().unwrap_or_else(|| "kagami".into());
-    let page = Run::new(global, &place, size)?.whole(&program).await?;
+    let page = Run::new(global, &place, size)?.whole(&program()).await?;
     println!("{page}");
     Ok(())
+}
+
+/// How to call this program in the lines to type: by its path, unless the shell found it by its name alone.
+fn program() -> String {
+    let called = std::env::args().next().unwrap_or_default();
+    match std::env::current_exe() {
+        Ok(path) if called.contains('/') => typed(&path),
+        _ => "kagami".to_owned(),
+    }
 }
 
 fn prepare(place: &Place) -> Outcome {
@@ -95,13 +105,13 @@ fn prepare(place: &Place) -> Outcome {
     }
     place.home.check_socket_length()?;
     let mark = json!({"made_at": jiff::Timestamp::now().to_string(), "version": env!("CARGO_PKG_VERSION")});
-    files::save(&place.mark(), &mark).map_err(failed)
+    files::write(&place.mark(), format!("{mark:#}\n").as_bytes()).map_err(failed)
 }
 
 /// A second run: what is there, and how it goes away.
 async fn tell(place: &Place) -> Outcome {
-    let (dir, home, repo) = (place.dir.display(), place.home.dir().display(), place.repo.display());
-    println!("A quickstart was here already: {dir}");
+    let [dir, home, repo] = [place.dir.as_path(), place.home.dir(), place.repo.as_path()].map(typed);
+    println!("A quickstart was here already: {}", place.dir.display());
     let client = Client::new(place.home.clone());
     for (noun, path) in [
         ("pool", "/api/v1/pools"),
@@ -115,9 +125,13 @@ async fn tell(place: &Place) -> Outcome {
             list.as_array().into_iter().flatten().filter_map(|o| o.get("name")?.as_str()).collect();
         println!("  {noun:10} {}", if names.is_empty() { "none".to_owned() } else { names.join(", ") });
     }
-    println!("  backups    kagami backup ls --repo {repo}");
-    println!("Look around:  export KAGAMI_HOME={home}");
-    println!("Start again:  kagami quickstart --dir {dir} --remove && kagami quickstart --dir {dir}");
+    let me = program();
+    println!("Look around:");
+    println!("    export KAGAMI_HOME={home}");
+    println!("    {me} backup ls --repo {repo}");
+    println!("    {me} --help");
+    println!("Remove everything:");
+    println!("    {me} quickstart --dir {dir} --remove");
     Ok(())
 }
 
@@ -180,7 +194,7 @@ impl<'a> Run<'a> {
         Ok(Self {
             place,
             client: Client::new(place.home.clone()),
-            steps: Steps::new(&output(global), 9),
+            steps: Steps::new(&output(global), 11),
             lane,
             socket: place.home.nbd_socket(),
             c_bytes: (size / 2).next_multiple_of(1 << 20),
@@ -206,23 +220,20 @@ impl<'a> Run<'a> {
         let mut writer = Writer::start(&self.socket, &disks_of("sql01"))?;
         self.wait_for_writes(&mut writer, WRITES_WANTED / 2).await?;
         // The copy of a small disk is over in a moment. It is held to a rate at which the writer, as fast as this
-        // machine lets it be, gets on well past what is wanted while D: is read.
+        // machine lets it be, gets on well past what is wanted while the disks are read.
         let time = (begun.elapsed() * 5).clamp(Duration::from_secs(3), Duration::from_secs(90));
-        let limit = (self.d_bytes as f64 / 3.0 / time.as_secs_f64()) as u64;
-        let mut backups = Vec::new();
+        let rate = |bytes: u64| (bytes as f64 / time.as_secs_f64()) as u64;
         self.steps.next("backup 1, online, by redo logs (vmsnap): everything");
-        backups.push(self.back_up(&mut writer, "redo", Some(limit)).await?);
+        let first = self.back_up(&mut writer, "redo", rate(self.d_bytes / 3)).await?;
+        let first = self.prove(1, first).await?;
         let so_far = writer.acknowledged();
         self.wait_for_writes(&mut writer, so_far + 500).await?;
+        // What changed since is what the writer wrote: at most its ring on each of the two disks.
+        let blocks = (writer.since(first.backup.cut_at_us) / 2).min(sequence::RING_BLOCKS);
         self.steps.next("backup 2, online, by a snapshot: only what changed");
-        backups.push(self.back_up(&mut writer, "snapshot", None).await?);
+        let second = self.back_up(&mut writer, "snapshot", rate(2 * blocks * block::BLOCK_BYTES)).await?;
         let writes = writer.stop()?;
-        self.steps.next("restore backup 2 as a new VM, sql01-copy");
-        let begun = Instant::now();
-        let restored = self.restore(&backups[1].id).await?;
-        let restore_time = begun.elapsed();
-        self.steps.next("prove it: byte for byte over NBD, and one instant");
-        let (proof, prefix) = self.prove(&backups[1]).await?;
+        let second = self.prove(2, second).await?;
         self.steps.done("");
         let page = Page {
             dir: &self.place.dir,
@@ -231,12 +242,8 @@ impl<'a> Run<'a> {
             c_bytes: self.c_bytes,
             d_bytes: self.d_bytes,
             naa: &naa,
-            backups: &backups,
-            proof: &proof,
-            prefix,
+            proved: &[first, second],
             writes,
-            restore_time,
-            restored_bytes: number(&restored, "written_bytes"),
             total: self.steps.elapsed(),
             program,
         };
@@ -245,7 +252,7 @@ impl<'a> Run<'a> {
 
     /// Pool, datastore and D:'s LUN; the LUN's NAA identity.
     async fn make_storage(&self) -> Outcome<String> {
-        // VMFS-5 needs 768 MiB at least; C: and a restored C: must fit. The pool is a sparse file.
+        // VMFS-5 needs 768 MiB at least; C:, its redo log and two restored C: must fit. The pool is a sparse file.
         let datastore = (self.c_bytes * 4 + (1 << 30)).next_multiple_of(1 << 20);
         let pool = (datastore + self.d_bytes * 4 + (1 << 30)).next_multiple_of(1 << 20);
         self.post("/api/v1/pools", json!({"name": "pool1", "size_bytes": pool})).await?;
@@ -315,12 +322,12 @@ impl<'a> Run<'a> {
         }
     }
 
-    async fn back_up(&mut self, writer: &mut Writer, via: &str, limit: Option<u64>) -> Outcome<BackupLine> {
+    async fn back_up(&mut self, writer: &mut Writer, via: &str, limit: u64) -> Outcome<BackupLine> {
         let body = json!({
             "vm": "sql01",
             "repo": self.place.repo,
             "via": via,
-            "keep_frozen": via == "snapshot",
+            "keep_frozen": true,
             "limit_bytes_per_second": limit,
         });
         let begun = Instant::now();
@@ -337,6 +344,7 @@ impl<'a> Run<'a> {
             stored_bytes: number(&done, "stored_bytes"),
             hold: Duration::from_micros(number(&done, "hold_us")),
             time,
+            cut_at_us: moment("cut_at_us"),
             writes_meanwhile: writer.between(moment("cut_at_us"), moment("copied_at_us")),
         };
         self.steps.done(&format!(
@@ -344,7 +352,7 @@ impl<'a> Run<'a> {
             show_size(line.read_bytes),
             line.writes_meanwhile
         ));
-        if line.kind == "full" && line.writes_meanwhile < WRITES_WANTED {
+        if line.writes_meanwhile < WRITES_WANTED {
             return Err(Problem::new(
                 "KGM-QST-0016",
                 Kind::Failed,
@@ -355,25 +363,39 @@ impl<'a> Run<'a> {
                 show_count(line.writes_meanwhile),
                 show_count(WRITES_WANTED)
             ))
-            .hint("kagami quickstart --remove, then again when the machine has less to do"));
+            .hint(format!(
+                "{} quickstart --dir {} --remove, then again when the machine has less to do",
+                program(),
+                typed(&self.place.dir)
+            )));
         }
         Ok(line)
     }
 
-    async fn restore(&mut self, backup: &str) -> Outcome<Value> {
-        let body = json!({"backup": backup, "repo": self.place.repo, "new_vm": "sql01-copy"});
+    /// Restores a backup as a new VM, and compares that with what was frozen.
+    async fn prove(&mut self, nth: usize, backup: BackupLine) -> Outcome<Proved> {
+        let vm = COPIES[nth - 1];
+        self.steps.next(&format!("restore backup {nth} as a new VM, {vm}"));
+        let begun = Instant::now();
+        let body = json!({"backup": backup.id, "repo": self.place.repo, "new_vm": vm});
         let done = self.job("/api/v1/restores", body).await?;
-        for target in disks_of("sql01-copy") {
+        for target in disks_of(vm) {
             self.post("/api/v1/exports", json!({"target": target, "read_only": true})).await?;
         }
-        Ok(done)
+        let (restored_bytes, restore_time) = (number(&done, "written_bytes"), begun.elapsed());
+        self.steps.done(&format!("{} written", show_size(restored_bytes)));
+        self.steps.next("prove it: byte for byte over NBD, and one instant");
+        let disks = self.compare(vm, &backup.id).await?;
+        let prefix = self.prefix(vm).await?;
+        self.steps.done(&format!("writes 1 to {}", show_count(prefix)));
+        Ok(Proved { backup, vm: vm.to_owned(), restored_bytes, restore_time, disks, prefix })
     }
 
-    /// Compares the restored disks with the frozen images, both over NBD, and looks at the sequence numbers.
-    async fn prove(&mut self, backup: &BackupLine) -> Outcome<(Vec<ProofLine>, u64)> {
+    /// The restored disks against the frozen images, both read over NBD.
+    async fn compare(&self, vm: &str, backup: &str) -> Outcome<Vec<ProofLine>> {
         let mut lines = Vec::new();
         let frozen = disks_of("sql01@backup");
-        for ((restored, frozen), drive) in disks_of("sql01-copy").into_iter().zip(frozen).zip(["C:", "D:"]) {
+        for ((restored, frozen), drive) in disks_of(vm).into_iter().zip(frozen).zip(["C:", "D:"]) {
             let socket = self.socket.clone();
             let compared = self.lane.run(move || wire::compare(socket, restored, frozen)).await?;
             if let Some(at) = compared.differs_at {
@@ -382,19 +404,24 @@ impl<'a> Run<'a> {
                     Kind::Corrupt,
                     format!("{drive} was not restored right"),
                 )
-                .why(format!("it differs from the frozen image of {} at byte {at}", backup.id)));
+                .why(format!("it differs from the frozen image of {backup} at byte {at}")));
             }
             let [hash, _] = compared.hashes;
             lines.push(ProofLine { drive: drive.to_owned(), bytes: compared.bytes, hash });
         }
+        Ok(lines)
+    }
+
+    /// The newest write that both restored disks hold, with all before it and none after.
+    async fn prefix(&self, vm: &str) -> Outcome<u64> {
         let mut rings = Vec::new();
-        for restored in disks_of("sql01-copy") {
+        for restored in disks_of(vm) {
             let socket = self.socket.clone();
             rings.push(self.lane.run(move || wire::ring(socket, restored)).await?);
         }
         let prefix = sequence::check_prefix(&rings).map_err(|why| {
             Problem::new("KGM-QST-0018", Kind::Corrupt, "C: and D: are not of one instant").why(why)
         })?;
-        Ok((lines, prefix.last))
+        Ok(prefix.last)
     }
 }

@@ -125,6 +125,11 @@ impl Writer {
         }
     }
 
+    /// Writes acknowledged since a moment.
+    pub fn since(&self, from_us: i64) -> u64 {
+        self.between(from_us, i64::MAX)
+    }
+
     /// Lets it finish its last write; how many it made.
     pub fn stop(mut self) -> Outcome<u64> {
         drop(self.stdin.take());

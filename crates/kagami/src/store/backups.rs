@@ -354,7 +354,16 @@ impl Store {
             {
                 tracing::warn!(vm, %error, "the job record does not say sealed");
             }
-            self.commit(vmsnap, Some(progress)).await?;
+            let committed = self.commit(vmsnap, Some(progress)).await;
+            if committed.is_err()
+                && let Some(frozen) = kept.take()
+            {
+                self.thaw(frozen).await;
+            }
+            committed?;
+        }
+        if let Some(frozen) = kept {
+            self.keep_frozen(&vm, frozen, by_redo).await?;
         }
         let manifest = copied?;
         let mut done = crate::cli::backups::manifest_row(&manifest);
@@ -481,7 +490,7 @@ impl Store {
     pub(super) async fn folder_at(&self, datastore: &Datastore, snap: &str) -> Outcome<Rc<VmfsFolder>> {
         let snapshot = datastore
             .lun
-            .open_snapshot(&frozen.images.snap)
+            .open_snapshot(snap)
             .map_err(|e| pool_problem(format!("the frozen datastore \"{}\"", datastore.name), &e))?;
         Ok(VmfsFolder::new(frozen_volume(&datastore.name, snapshot).await?))
     }
@@ -594,8 +603,12 @@ impl Store {
         }
     }
 
-    /// Serves the frozen disks as `VM@backup/SLOT` until the next backup.
-    fn keep_frozen(&self, vm: &str, frozen: Frozen) -> Outcome {
+    /// Serves the frozen disks as `VM@backup/SLOT` until the next backup; after redo logs they are opened anew.
+    async fn keep_frozen(&self, vm: &str, mut frozen: Frozen, by_redo: bool) -> Outcome {
+        if by_redo && let Err(problem) = self.open_frozen(&self.open_vm(vm)?, &mut frozen).await {
+            self.thaw(frozen).await;
+            return Err(problem);
+        }
         for disk in &frozen.disks {
             let name = format!("{vm}@backup/{}", disk.open.slot);
             self.exports.add_own(&name, Rc::clone(&disk.disk), "as it was at the last backup")?;
