@@ -4,23 +4,13 @@
 
 mod common;
 
-use std::path::PathBuf;
-use std::rc::Rc;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use block::{Disk, DiskError, Safe, Sector, Segments, SegmentsMut};
+use block::{Disk, Safe, Sector, Segments};
 use common::Place;
-use front::nbd::Wire;
-use front::nbd::client::{Client, Options};
+use common::writer::{SLOTS, Writer, connect, one_prefix};
 use serde_json::Value;
 
-const SLOTS: [&str; 2] = ["scsi0:0", "scsi0:1"];
-/// Blocks of 4 KiB of each disk that the numbers go to, one after the other.
-const RING: u64 = 512;
-const BLOCK: usize = 4096;
 const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Pool, datastore, VM `sql01` with C: (32 MiB, VMFS) and D: (16 MiB, RDM), both served.
@@ -35,7 +25,7 @@ fn with_vm(name: &str) -> Place {
     }
     // Something to copy, behind the ring.
     lane::block_on(async {
-        let disk = connect(&place.home().join("nbd.sock"), SLOTS[0]).await.unwrap();
+        let disk = connect(&place.home().join("nbd.sock"), "sql01/scsi0:0").await.unwrap();
         for mebibyte in 4..32_u64 {
             let bytes = vec![mebibyte as u8; 1 << 20];
             disk.write(Sector(mebibyte * 2048), &Segments::new(&bytes), Safe::AtNextFlush).await.unwrap();
@@ -44,92 +34,6 @@ fn with_vm(name: &str) -> Place {
         disk.disconnect().await;
     });
     place
-}
-
-async fn connect(socket: &PathBuf, slot: &str) -> Result<Rc<Client>, String> {
-    let stream = lane::net::Stream::connect_unix(socket).await.map_err(|e| e.to_string())?;
-    let options = Options { export: format!("sql01/{slot}"), ..Options::default() };
-    Client::connect(Wire::Socket(stream), &options).await.map_err(|e| e.to_string())
-}
-
-/// Write number `n` goes to disk `n % 2`, and is flushed before `n + 1` begins.
-struct Writer {
-    stop: Arc<AtomicBool>,
-    durable: Arc<AtomicU64>,
-    thread: JoinHandle<()>,
-}
-
-impl Writer {
-    /// Goes on after `last`; ends when told, or when the daemon is gone.
-    fn start(place: &Place, last: u64) -> Self {
-        let (stop, durable) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(last)));
-        let (stopping, answered) = (Arc::clone(&stop), Arc::clone(&durable));
-        let socket = place.home().join("nbd.sock");
-        let thread = std::thread::spawn(move || {
-            lane::block_on(async {
-                let mut disks = Vec::new();
-                for slot in SLOTS {
-                    match connect(&socket, slot).await {
-                        Ok(disk) => disks.push(disk),
-                        Err(_) => return,
-                    }
-                }
-                for number in last + 1.. {
-                    if stopping.load(Ordering::Relaxed) || put(&disks, number).await.is_err() {
-                        return;
-                    }
-                    answered.store(number, Ordering::Relaxed);
-                }
-            });
-        });
-        Self { stop, durable, thread }
-    }
-
-    /// The last number that was answered as durable.
-    fn end(self) -> u64 {
-        self.stop.store(true, Ordering::Relaxed);
-        self.thread.join().unwrap();
-        self.durable.load(Ordering::Relaxed)
-    }
-}
-
-async fn put(disks: &[Rc<Client>], number: u64) -> Result<(), DiskError> {
-    let disk = &disks[(number % 2) as usize];
-    let bytes: Vec<u8> = number.to_le_bytes().into_iter().cycle().take(BLOCK).collect();
-    disk.write(Sector(number / 2 % RING * 8), &Segments::new(&bytes), Safe::AtNextFlush).await?;
-    disk.flush().await
-}
-
-/// The disks hold all numbers up to `durable`, perhaps the one that was under way, and none else.
-fn one_prefix(place: &Place, durable: u64) -> u64 {
-    let socket = place.home().join("nbd.sock");
-    let found = lane::block_on(async {
-        let mut found = Vec::new();
-        for slot in SLOTS {
-            let disk = connect(&socket, slot).await.unwrap();
-            let mut bytes = vec![0; RING as usize * BLOCK];
-            disk.read(Sector(0), &SegmentsMut::new(&mut bytes)).await.unwrap();
-            disk.disconnect().await;
-            let number = |block: &[u8]| {
-                let number = u64::from_le_bytes(block[..8].try_into().unwrap());
-                assert!(block.as_chunks::<8>().0.iter().all(|w| *w == number.to_le_bytes()), "a torn block");
-                number
-            };
-            found.push(bytes.chunks(BLOCK).map(number).collect::<Vec<u64>>());
-        }
-        found
-    });
-    let last = found.iter().flatten().copied().max().unwrap();
-    assert!(last == durable || last == durable + 1, "answered up to {durable}, found up to {last}");
-    for (disk, numbers) in found.iter().enumerate() {
-        for (place, number) in numbers.iter().enumerate() {
-            let fits = |n: &u64| n % 2 == disk as u64 && n / 2 % RING == place as u64;
-            // The newest number that went here, up to the last; 0 when none did.
-            let newest = (0..2 * RING).filter_map(|back| last.checked_sub(back)).find(|n| *n > 0 && fits(n));
-            assert_eq!(*number, newest.unwrap_or(0), "disk {disk}, block {place}, last {last}");
-        }
-    }
-    last
 }
 
 fn jobs(place: &Place) -> Vec<Value> {
@@ -157,7 +61,7 @@ fn back_up(place: &Place, limit: &str) {
 fn at_rest(place: &Place, durable: u64) -> u64 {
     // Any command starts the daemon.
     place.ok(&["vm", "show", "sql01"]);
-    let last = one_prefix(place, durable);
+    let last = one_prefix(place, "sql01", durable);
     let begun = Instant::now();
     loop {
         let vm = place.json(&["vm", "show", "sql01"]);
@@ -168,7 +72,7 @@ fn at_rest(place: &Place, durable: u64) -> u64 {
         assert!(begun.elapsed() < PATIENCE, "no rest: {vm}, {:?}", running(place));
         std::thread::sleep(Duration::from_millis(20));
     }
-    assert_eq!(one_prefix(place, last), last, "what was there before the commit is there after it");
+    assert_eq!(one_prefix(place, "sql01", last), last, "what was there before the commit is there after it");
     let disks = place.json(&["disk", "ls", "ds1"]);
     assert_eq!(disks.as_array().unwrap().len(), 2, "no redo log is left: {disks}");
     assert_eq!(place.json(&["serve", "--status"])["troubles"], serde_json::json!([]));
@@ -191,7 +95,7 @@ fn killed_in(name: &str, phase: &str, limit: &str, times: u32, later: Duration) 
     let place = with_vm(name);
     let (mut last, mut met) = (0, 0_u32);
     for _ in 0..20 * times {
-        let writer = Writer::start(&place, last);
+        let writer = Writer::start(&place, "sql01", last);
         back_up(&place, limit);
         let begun = Instant::now();
         while let Some(job) = running(&place) {
@@ -239,7 +143,7 @@ fn soak_kill_at_any_moment_of_backups_by_redo_logs() {
     let place = with_vm("killany");
     let mut last = 0;
     for _ in 0..kills {
-        let writer = Writer::start(&place, last);
+        let writer = Writer::start(&place, "sql01", last);
         back_up(&place, "128M");
         std::thread::sleep(Duration::from_millis(random.u64(0..600)));
         place.kill_daemon();

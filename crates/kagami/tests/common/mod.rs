@@ -2,6 +2,7 @@
 #![allow(dead_code, clippy::unwrap_used)] // each test program uses its part; a test fails by panicking
 
 pub mod wire;
+pub mod writer;
 
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
