@@ -3,7 +3,7 @@
 //!
 //! `cargo run --release -p vmdisk --example commit_gate -- FILE [COMMITS] [REDO_KIB] [WRITERS] [PAUSE_US]`
 //!
-//! FILE is made anew, 1 GiB. Each of WRITERS writes 4 KiB at random places and waits PAUSE_US in between; every 64th
+//! FILE is made anew, 2 GiB. Each of WRITERS writes 4 KiB at random places and waits PAUSE_US in between; every 64th
 //! write is followed by a flush. With the 8 MiB and the pace that are the default the redo log is more than 20 times
 //! what the writers write during the pass; 64 KiB and a pause of 200 us are the other case. At the end one line for each
 //! figure: what, value, goal, tabs between.
@@ -231,7 +231,7 @@ async fn run(
     pause: Duration,
 ) -> Result<(), Box<dyn Error>> {
     let _ = std::fs::remove_file(&path);
-    let medium = media::create(&path, (1 << 30) / 512, media::Options::default()).await?;
+    let medium = media::create(&path, (2 << 30) / 512, media::Options::default()).await?;
     println!("{path}: {commits} commits, redo {} KiB, {writers} writers, pause {pause:?}", redo >> 10);
     println!("in use: VMFS volume: {}", medium.in_use());
     let new = vmfs::NewVolume::new("bench", 1, std::time::SystemTime::now());
@@ -267,6 +267,6 @@ fn main() -> Result<(), Box<dyn Error>> {
     let mut arguments = std::env::args().skip(1);
     let path = arguments.next().ok_or("a file to make is missing")?;
     let mut number = |default: u64| arguments.next().map_or(Ok(default), |a| a.parse::<u64>());
-    let (commits, redo, writers, pause) = (number(200)?, number(8192)?, number(4)?, number(1500)?);
+    let (commits, redo, writers, pause) = (number(200)?, number(8192)?, number(4)?, number(3000)?);
     lane::block_on(run(path, commits.max(1), redo << 10, writers, Duration::from_micros(pause)))
 }

@@ -31,21 +31,24 @@ pub(crate) async fn base(a: &Arguments) {
     let (lun, sectors) = (as_disk(&lun), size << 11);
     for (writes, kind) in [(false, "read"), (true, "write")] {
         let mut seen: [Vec<Window>; 3] = Default::default();
-        for _ in 0..a.rounds {
-            let load = Load { writes, depth: 32, seconds: a.seconds };
-            let loop_of_its_own = Bare {
-                path: &path,
-                bytes: size << 20,
-                writes,
-                fixed: true,
-                depth: 32,
-                time: Duration::from_secs_f64(a.seconds),
-            };
-            // It has the thread for itself: nothing else is at work on this lane.
-            let run = bare::run(&loop_of_its_own);
-            seen[0].push(Window { per_second: run.iops(), cpu_micros: run.cpu_us(), p99_micros: f64::NAN });
-            seen[1].push(window(&file, load, anywhere(sectors)).await);
-            seen[2].push(window(&lun, load, anywhere(sectors)).await);
+        let load = Load { writes, depth: 32, seconds: a.seconds };
+        let loop_of_its_own = Bare {
+            path: &path,
+            bytes: size << 20,
+            writes,
+            fixed: true,
+            depth: 32,
+            time: Duration::from_secs_f64(a.seconds),
+        };
+        for round in 0..a.rounds {
+            for turn in 0..3 {
+                let contender = (round + turn) % 3;
+                seen[contender].push(match contender {
+                    0 => alone(&loop_of_its_own),
+                    1 => window(&file, load, anywhere(sectors)).await,
+                    _ => window(&lun, load, anywhere(sectors)).await,
+                });
+            }
         }
         let [bare, file, lun] = &seen;
         row(&format!("{kind} bare io_uring"), bare, bare);
@@ -60,6 +63,12 @@ pub(crate) async fn base(a: &Arguments) {
         figure(&format!("{what}, CPU per I/O against the same"), ratio(lun, bare, cpu_micros), "<= 1.30");
         figure(&format!("{what}, IOPS against the file by our lane"), ratio(lun, file, per_second), "");
     }
+}
+
+/// The bare loop. It has the thread for itself: nothing else is at work on this lane.
+fn alone(bare: &Bare) -> Window {
+    let run = bare::run(bare);
+    Window { per_second: run.iops(), cpu_micros: run.cpu_us(), p99_micros: f64::NAN }
 }
 
 /// Reads through 32 snapshots.
@@ -95,9 +104,11 @@ pub(crate) async fn depth(a: &Arguments) {
 async fn compare(a: &Arguments, name: &str, flat: &Rc<dyn Disk>, deep: &Rc<dyn Disk>) {
     let mut seen: [Vec<Window>; 2] = Default::default();
     let load = Load { writes: false, depth: 32, seconds: a.seconds };
-    for _ in 0..a.rounds {
-        for (disk, seen) in [flat, deep].into_iter().zip(&mut seen) {
-            seen.push(window(disk, load, anywhere(disk.shape().sectors)).await);
+    for round in 0..a.rounds {
+        for turn in 0..2 {
+            let contender = (round + turn) % 2;
+            let disk = [flat, deep][contender];
+            seen[contender].push(window(disk, load, anywhere(disk.shape().sectors)).await);
         }
     }
     let [flat, deep] = &seen;
