@@ -106,7 +106,7 @@ fn crash_while_the_name_of_a_merged_layer_is_going() {
 #[test]
 fn crash_again_during_recovery() {
     lane::block_on(async {
-        for seed in seeds(4, 12) {
+        for seed in seeds(4, 40) {
             let plot = if seed % 2 == 0 { Plot::all() } else { Plot::usual() };
             let story = Story::run(seed, plot).await;
             let stride = if soak() { 1 } else { 41 };

@@ -262,7 +262,7 @@ fn r34_crash_leaves_a_group_whole_or_absent_over_two_pools() {
 fn r34_crash_again_during_the_recovery_of_a_group() {
     lane::block_on(async {
         let mut doubts = 0;
-        for seed in seeds(4, 16) {
+        for seed in seeds(4, 40) {
             let pools = 1 + seed as usize % 2;
             let story = GroupStory::run(seed, pools, 2).await;
             // By default some points, others with each seed.
