@@ -4,6 +4,7 @@
 
 use std::cell::{Ref, RefCell};
 use std::rc::Rc;
+use std::time::Duration;
 
 use array::{Lun, Pool};
 use lane::sync::Turn;
@@ -114,6 +115,8 @@ pub struct Vm {
     editing: Turn,
     /// So do commits.
     pub(crate) commits: Turn,
+    /// How long commits closed gates, until somebody asks.
+    pub(crate) commit_holds: RefCell<Vec<Duration>>,
 }
 
 impl Vm {
@@ -135,6 +138,7 @@ impl Vm {
             set_aside: RefCell::default(),
             editing: Turn::new(),
             commits: Turn::new(),
+            commit_holds: RefCell::default(),
         });
         vm.open_disks(around).await;
         Ok(vm)
@@ -174,6 +178,11 @@ impl Vm {
 
     fn locate(&self, file_name: &str, around: &dyn Surroundings) -> Result<(Rc<Datastore>, String), String> {
         locate(&self.datastore, &self.vmx_path, file_name, around)
+    }
+
+    /// For how long commits have closed the gates of its disks since this was asked last.
+    pub fn take_commit_holds(&self) -> Vec<Duration> {
+        self.commit_holds.take()
     }
 
     /// Files of the VM that were set aside, absolute on its datastore.

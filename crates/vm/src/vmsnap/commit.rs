@@ -209,6 +209,7 @@ async fn fold(
         Ok(())
     };
     let left = commit.flip(decide).await.map_err(failed)?;
+    vm.commit_holds.borrow_mut().extend([commit.begin_held(), left.held]);
     drop(commit);
     left.remove().await.map_err(failed)?;
     tracing::info!(vm = vm.name, slot = %open.slot, held_us = left.held.as_micros() as u64, "committed");
