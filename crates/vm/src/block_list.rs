@@ -1,8 +1,9 @@
 //! What changed on a disk that is a file on VMFS: the changes of the LUN below, seen through the file's block list.
 //!
 //! A block counts as unchanged only if it lay in the same place at the earlier backup *and* the LUN says that nothing
-//! was written there since. Whatever is newly mapped, unmapped, or lies elsewhere counts as changed: no false negative
-//! (R43), whatever was renamed, punched or moved in between.
+//! was written there since, or if it was a hole then and is one now: zero at both cuts, whatever was in between. Whatever
+//! is newly mapped, unmapped, or lies elsewhere counts as changed: no false negative (R43), whatever was renamed, punched
+//! or moved.
 
 use std::rc::Rc;
 
@@ -16,8 +17,12 @@ use vmfs::{Content, File};
 const RUNS_MAX: usize = 1 << 21;
 /// Bytes of a run in the written form.
 const RUN_BYTES: usize = 24;
-/// First bytes of the written form.
-const MAGIC: &[u8; 8] = b"KGMBLKS1";
+/// First bytes of the written form; a digit that says its format follows.
+const MAGIC: &[u8; 7] = b"KGMBLKS";
+/// Format written and the newest one understood.
+const VERSION: u8 = 1;
+/// Magic and format.
+const HEAD_BYTES: usize = MAGIC.len() + 1;
 
 /// A run of sectors of a file that lies in one piece on one device.
 #[derive(Copy, Clone, PartialEq, Eq, Debug)]
@@ -33,12 +38,21 @@ pub struct BlockList {
     runs: Vec<Run>,
 }
 
-/// A written block list makes no sense.
+/// Why a written block list is not used.
 #[derive(Copy, Clone, PartialEq, Eq, Debug, thiserror::Error)]
-#[error("the block list is damaged at byte {at}")]
-pub struct Damaged {
-    /// Where.
-    pub at: usize,
+pub enum ListError {
+    /// A newer program wrote it.
+    #[error("the block list has format {found}; this program knows up to {VERSION}: use the newer program")]
+    Newer {
+        /// Format found.
+        found: u8,
+    },
+    /// It makes no sense.
+    #[error("the block list is damaged at byte {at}")]
+    Damaged {
+        /// Where.
+        at: usize,
+    },
 }
 
 impl BlockList {
@@ -69,9 +83,10 @@ impl BlockList {
         Ok(Some(Self { runs }))
     }
 
-    /// As it goes into a backup: magic, then first sector, length and place of each run, little-endian.
+    /// As it goes into a backup: magic and format, then first sector, length and place of each run, little-endian.
     pub fn encode(&self) -> Vec<u8> {
         let mut out = MAGIC.to_vec();
+        out.push(b'0' + VERSION);
         for run in &self.runs {
             for number in [run.at, run.count, run.place] {
                 out.extend_from_slice(&number.to_le_bytes());
@@ -81,14 +96,21 @@ impl BlockList {
     }
 
     /// Reads what [`BlockList::encode`] wrote; nothing in it is believed that is not in order.
-    pub fn decode(bytes: &[u8]) -> Result<Self, Damaged> {
-        let body = bytes.strip_prefix(MAGIC.as_slice()).ok_or(Damaged { at: 0 })?;
+    pub fn decode(bytes: &[u8]) -> Result<Self, ListError> {
+        let damaged = |at| ListError::Damaged { at };
+        let (version, body) =
+            bytes.strip_prefix(MAGIC.as_slice()).and_then(|rest| rest.split_first()).ok_or(damaged(0))?;
+        match version.wrapping_sub(b'0') {
+            VERSION => {}
+            found @ 2..=9 => return Err(ListError::Newer { found }),
+            _ => return Err(damaged(MAGIC.len())),
+        }
         if !body.len().is_multiple_of(RUN_BYTES) || body.len() / RUN_BYTES > RUNS_MAX {
-            return Err(Damaged { at: bytes.len() });
+            return Err(damaged(bytes.len()));
         }
         let (mut runs, mut end) = (Vec::with_capacity(body.len() / RUN_BYTES), 0);
         for (index, raw) in body.chunks_exact(RUN_BYTES).enumerate() {
-            let wrong = Damaged { at: MAGIC.len() + index * RUN_BYTES };
+            let wrong = damaged(HEAD_BYTES + index * RUN_BYTES);
             let number = |n: usize| {
                 let mut bytes = [0; 8];
                 bytes.copy_from_slice(&raw[n * 8..n * 8 + 8]);
@@ -149,9 +171,8 @@ impl SeenThrough {
             let count = left.min(old_left).min(end - at);
             let whole = |kind, changed| Extent { at: Sector(at), count, kind, changed };
             let taken = match (place, old) {
-                // Never mapped, or to be zeroed, then and now: zeroes both times, but only if it was so all the while
-                // is it unchanged, and that is not known. It costs no reading.
-                (None, _) => out.push(whole(Kind::Hole, true)),
+                // Not mapped, or to be zeroed: zeroes now. Then too, unless it had a place.
+                (None, old) => out.push(whole(Kind::Hole, old.is_some())),
                 (Some(place), old) if old != Some(place) => out.push(whole(Kind::Data, true)),
                 (Some(place), _) => {
                     let mut part = Extents::with_limit(256);
@@ -280,21 +301,39 @@ mod tests {
         lane::block_on(async {
             let disk: Rc<dyn Disk> = Rc::new(MemoryDisk::new(100));
             let device: Rc<dyn Disk> = Rc::new(Unchanged(MemoryDisk::new(1000)));
-            // 0..10 stays, 10..20 lies elsewhere, 20..30 is new, 30..40 was unmapped.
+            // 0..10 stays, 10..20 lies elsewhere, 20..30 is new, 30..40 was unmapped, the rest was never there.
             let now = list(&[(0, 10, 100), (10, 10, 500), (20, 10, 600)]);
             let before = list(&[(0, 20, 100), (30, 10, 700)]);
             let seen = SeenThrough::new(Rc::clone(&disk), Rc::clone(&device), now.clone(), Some(before));
             let mut out = Extents::with_limit(100);
             seen.status(Sector(0), 100, Some(SINCE), &mut out).await.unwrap();
             let told: Vec<_> = out.iter().map(|e| (e.at.0, e.count, e.kind, e.changed)).collect();
-            let expected =
-                [(0, 10, Kind::Data, false), (10, 20, Kind::Data, true), (30, 70, Kind::Hole, true)];
+            let expected = [
+                (0, 10, Kind::Data, false),
+                (10, 20, Kind::Data, true),
+                (30, 10, Kind::Hole, true),
+                (40, 60, Kind::Hole, false),
+            ];
             assert_eq!(told, expected);
             let unknown = SeenThrough::new(disk, device, now, None);
             out.clear();
             let answer = unknown.status(Sector(0), 100, Some(SINCE), &mut out).await;
             assert!(matches!(answer, Err(DiskError::UnknownGeneration)), "r45: never an empty set");
         });
+    }
+
+    #[test]
+    fn the_golden_block_list_is_read_and_still_made() {
+        let made = list(&[(0, 10, 100), (10, 5, 7), (2048, 1 << 40, 1 << 33)]);
+        let golden = crate::tests::golden("block-list-1.bin", &made.encode());
+        assert_eq!(BlockList::decode(&golden).unwrap(), made);
+        assert_eq!(made.encode(), golden, "the format changed");
+        let mut newer = golden;
+        newer[7] = b'2';
+        let refused = BlockList::decode(&newer).unwrap_err();
+        assert_eq!(refused, ListError::Newer { found: 2 });
+        let said = refused.to_string();
+        assert!(said.contains("format 2") && said.contains("up to 1"), "{said}");
     }
 
     #[test]
@@ -307,10 +346,48 @@ mod tests {
         assert!(BlockList::decode(&list(&[(u64::MAX, 2, 0)]).encode()).is_err());
     }
 
+    /// Whether a sector is told as changed, by the definition.
+    fn by_definition(now: &BlockList, before: &BlockList, at: u64) -> (Kind, bool) {
+        match (now.find(at).0, before.find(at).0) {
+            (None, None) => (Kind::Hole, false),
+            (None, Some(_)) => (Kind::Hole, true),
+            (Some(place), old) => (Kind::Data, old != Some(place)),
+        }
+    }
+
+    fn any_list() -> impl Strategy<Value = BlockList> {
+        // Few places, so that runs of two lists often lie on top of each other.
+        let run = (0..6u64, 1..8u64, 0..4u64);
+        proptest::collection::vec(run, 0..12).prop_map(|pieces| {
+            let (mut runs, mut at) = (Vec::new(), 0);
+            for (gap, count, place) in pieces {
+                runs.push(Run { at: at + gap, count, place: at + gap + place * 100 });
+                at += gap + count;
+            }
+            BlockList { runs }
+        })
+    }
+
     proptest! {
         #[test]
-        fn any_bytes_are_a_list_or_refused(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
-            let mut whole = MAGIC.to_vec();
+        fn r43_a_sector_is_unchanged_only_in_its_old_place_or_in_a_hole_that_was_one(
+            now in any_list(), before in any_list(),
+        ) {
+            let told = lane::block_on(async {
+                let disk: Rc<dyn Disk> = Rc::new(MemoryDisk::new(200));
+                let device: Rc<dyn Disk> = Rc::new(Unchanged(MemoryDisk::new(1000)));
+                let seen = SeenThrough::new(disk, device, now.clone(), Some(before.clone()));
+                let mut out = Extents::with_limit(1000);
+                seen.status(Sector(0), 200, Some(SINCE), &mut out).await.unwrap();
+                out.iter().flat_map(|e| (0..e.count).map(|_| (e.kind, e.changed))).collect::<Vec<_>>()
+            });
+            let expected: Vec<_> = (0..200).map(|at| by_definition(&now, &before, at)).collect();
+            prop_assert_eq!(told, expected);
+        }
+
+        #[test]
+        fn fuzz_any_bytes_are_a_list_or_refused(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
+            let mut whole = b"KGMBLKS1".to_vec();
             whole.extend(bytes);
             if let Ok(list) = BlockList::decode(&whole) {
                 prop_assert_eq!(list.encode(), whole);

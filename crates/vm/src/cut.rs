@@ -3,7 +3,8 @@
 //!
 //! ```text
 //! prepare    each J: INTENT, redo logs made, PREPARED; each pool: its leg in its journal       durable
-//! close      the gates of all members; wait until they are empty (500 ms at most)
+//! close      the gates of all members; wait until they are empty and what lies above the LUNs is in them
+//!            (500 ms at most in all: then the gates open, and there is no cut)
 //! cut        redo logs take over and LUNs get a new top layer, in memory: no flush of a redo cut lies in the hold
 //! open       the gates; flushes of the members are held from here on
 //! settle     every base and every pool                                                         durable
@@ -20,7 +21,11 @@
 //! the word of their own J, so nothing their guests flush later can be rolled back; pools stay in doubt until they are
 //! opened again.
 
+use std::cell::RefCell;
+use std::future::Future;
+use std::pin::pin;
 use std::rc::Rc;
+use std::task::Poll;
 use std::time::{Duration, Instant};
 
 use array::{Decider, Lun, LunError, Pool, Prepared};
@@ -36,7 +41,7 @@ use crate::vmsnap::{PreparedVm, SwitchedVm, Vmsnap, VmsnapError};
 
 pub use crate::vmsnap::Wanted as WantedVm;
 
-/// All gates must be closed and empty within this time, else the cut is given up.
+/// No gate is closed longer than this: what is not still by then is named, and the cut is given up.
 pub const BUDGET: Duration = Duration::from_millis(500);
 
 /// What is to be cut together.
@@ -129,15 +134,9 @@ impl Closed {
     /// Waits until everybody is out, or until `deadline`: then names a member that is not still.
     pub async fn drained(&self, deadline: Instant) -> Result<(), CutError> {
         for (member, gate) in &self.gates {
-            while gate.inside() > 0 {
-                if lane::now() >= deadline {
-                    return Err(CutError::Late { member: member.clone() });
-                }
-                let alarm = lane::spawn(lane::sleep(Duration::from_millis(1)));
-                // Whoever leaves last wakes us at once; the alarm only bounds the wait.
-                let gate = Rc::clone(gate);
-                let left = lane::spawn(async move { gate.drained().await });
-                either(alarm, left).await;
+            let drained = in_time(deadline, gate.drained()).await;
+            if let Some(late) = late(deadline, member, drained.is_some()) {
+                return Err(late);
             }
         }
         Ok(())
@@ -150,15 +149,22 @@ impl Drop for Closed {
     }
 }
 
-/// Waits for the first of two tasks; the other goes on by itself.
-async fn either(mut a: lane::Task<()>, mut b: lane::Task<()>) {
-    use std::future::Future;
-    use std::pin::Pin;
-    std::future::poll_fn(move |cx| match Pin::new(&mut a).poll(cx) {
-        std::task::Poll::Ready(()) => std::task::Poll::Ready(()),
-        std::task::Poll::Pending => Pin::new(&mut b).poll(cx),
+/// Waits for something, no longer than until `deadline`: `None` then. Only for what may be dropped: a wait, or a task,
+/// which goes on by itself.
+async fn in_time<T>(deadline: Instant, work: impl Future<Output = T>) -> Option<T> {
+    let mut work = pin!(work);
+    let mut alarm = pin!(lane::sleep(deadline.saturating_duration_since(lane::now())));
+    std::future::poll_fn(|cx| match work.as_mut().poll(cx) {
+        Poll::Ready(answer) => Poll::Ready(Some(answer)),
+        Poll::Pending => alarm.as_mut().poll(cx).map(|()| None),
     })
-    .await;
+    .await
+}
+
+/// A member that was not still by the deadline; what became still after it is late too.
+fn late(deadline: Instant, member: &str, still: bool) -> Option<CutError> {
+    let is_late = !still || lane::now() >= deadline;
+    is_late.then(|| CutError::Late { member: member.to_owned() })
 }
 
 /// Cuts everything wanted. On an error nothing is cut and nothing is left behind, but for [`CutError::InDoubt`].
@@ -176,10 +182,13 @@ pub async fn cut(wanted: &Wanted) -> Result<Cut, CutError> {
     Ok(Cut { group: wanted.group, hold, at, vms })
 }
 
+fn named(datastore: &Rc<Datastore>) -> String {
+    format!("datastore {}", datastore.name)
+}
+
 async fn settle(datastores: &[Rc<Datastore>]) -> Result<(), CutError> {
     for datastore in datastores {
-        let failed =
-            |e| CutError::Settle { what: format!("datastore {}", datastore.name), source: Box::new(e) };
+        let failed = |e| CutError::Settle { what: named(datastore), source: Box::new(e) };
         datastore.volume.settle().await.map_err(failed)?;
     }
     Ok(())
@@ -255,10 +264,17 @@ impl Legs {
         let begun = lane::now();
         let disks = wanted.above.iter().chain(self.vms.iter().flat_map(|vm| vm.disks().map(|d| &d.disk)));
         let gates = Closed::close(disks.map(|d| (d.top_path(), Rc::clone(d.gate()))).collect());
-        let below = match still(wanted, &gates, begun + BUDGET).await {
+        let mut settling = None;
+        let below = match still(wanted, &gates, begun + BUDGET, &mut settling).await {
             Ok(below) => below,
             Err(error) => {
                 drop(gates);
+                // No task is cancelled. Nobody is held by this one any more; what was prepared goes when it has ended.
+                if let Some(task) = settling
+                    && let Err(error) = task.await
+                {
+                    tracing::warn!(cut = wanted.snapshot, %error, "what made a cut late failed in the end");
+                }
                 self.abandon().await;
                 return Err(error);
             }
@@ -274,16 +290,59 @@ impl Legs {
     }
 }
 
-/// With the disks' gates closed: nobody is inside, what lies above the LUN members is settled into them, and their own
-/// gates are closed and empty too.
-async fn still(wanted: &Wanted, gates: &Closed, deadline: Instant) -> Result<Closed, CutError> {
-    gates.drained(deadline).await?;
-    for disk in wanted.above.iter().filter(|d| d.links().len() > 1) {
+/// Puts what lies above LUN members into them.
+struct Settling {
+    disks: Vec<Rc<VmDisk>>,
+    datastores: Vec<Rc<Datastore>>,
+    /// What it is at.
+    at: RefCell<String>,
+}
+
+impl Settling {
+    /// `None` when nothing lies above.
+    fn of(wanted: &Wanted) -> Option<Rc<Self>> {
         // Tables of redo logs that are still in memory.
-        let failed = |e: DiskError| CutError::Settle { what: disk.top_path(), source: Box::new(e) };
-        disk.flush_once().await.map_err(failed)?;
+        let disks: Vec<_> = wanted.above.iter().filter(|d| d.links().len() > 1).cloned().collect();
+        let datastores = wanted.datastores.clone();
+        let first = disks.first().map(|d| d.top_path()).or_else(|| datastores.first().map(named));
+        Some(Rc::new(Self { disks, datastores, at: RefCell::new(first?) }))
     }
-    settle(&wanted.datastores).await?;
+
+    async fn run(self: Rc<Self>) -> Result<(), CutError> {
+        for disk in &self.disks {
+            *self.at.borrow_mut() = disk.top_path();
+            let failed = |e: DiskError| CutError::Settle { what: disk.top_path(), source: Box::new(e) };
+            disk.flush_once().await.map_err(failed)?;
+        }
+        for datastore in &self.datastores {
+            *self.at.borrow_mut() = named(datastore);
+            settle(std::slice::from_ref(datastore)).await?;
+        }
+        Ok(())
+    }
+}
+
+/// With the disks' gates closed: nobody is inside, what lies above the LUN members is settled into them, and their own
+/// gates are closed and empty too. All of it before the deadline; what is not over by then is left in `settling`.
+async fn still(
+    wanted: &Wanted,
+    gates: &Closed,
+    deadline: Instant,
+    settling: &mut Option<lane::Task<Result<(), CutError>>>,
+) -> Result<Closed, CutError> {
+    gates.drained(deadline).await?;
+    if let Some(work) = Settling::of(wanted) {
+        let task = settling.insert(lane::spawn(Rc::clone(&work).run()));
+        let settled = in_time(deadline, task).await;
+        let ended = settled.is_some();
+        if let Some(answer) = settled {
+            *settling = None;
+            answer?;
+        }
+        if let Some(late) = late(deadline, &work.at.borrow(), ended) {
+            return Err(late);
+        }
+    }
     // What works in the background writes to the LUN itself.
     let below = Closed::close(wanted.luns.iter().map(|l| (l.name(), l.gate())).collect());
     below.drained(deadline).await?;

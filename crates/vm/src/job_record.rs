@@ -389,6 +389,29 @@ mod tests {
     }
 
     #[test]
+    fn the_golden_job_record_opens_and_is_still_made() {
+        lane::block_on(async {
+            let disk = Rc::new(MemoryDisk::new(JOB_BYTES / SECTOR_BYTES));
+            let payload = Payload { disks: payload().disks[..2].to_vec(), ..payload() };
+            let record = JobRecord::create(disk.clone(), payload.clone(), START).await.unwrap();
+            let decided_by = DecidedBy::Pool(Uuid::from_u128(0x1234_5678));
+            record.set(State { step: Step::Prepared, decided_by, ..START }).await.unwrap();
+            let last = State { step: Step::Committing, decided_by, flipped: 2, ..START };
+            record.set(last).await.unwrap();
+            let made = disk.to_bytes();
+            // Two states and the payload; the rest is zero.
+            let used = PAYLOAD_AT.bytes() as usize + 1024;
+            assert!(made[used..].iter().all(|b| *b == 0));
+            let golden = crate::tests::golden("job-record-1.bin", &made[..used]);
+            assert!(made[..used] == *golden, "the format changed");
+            let mut whole = golden;
+            whole.resize(JOB_BYTES as usize, 0);
+            let opened = JobRecord::open(Rc::new(MemoryDisk::from_bytes(&whole))).await.unwrap();
+            assert_eq!((opened.state(), &opened.payload), (last, &payload));
+        });
+    }
+
+    #[test]
     fn damage_and_newer_formats_are_told_apart() {
         lane::block_on(async {
             let disk = Rc::new(MemoryDisk::new(JOB_BYTES / SECTOR_BYTES));
@@ -406,6 +429,8 @@ mod tests {
             newer[512..1024].copy_from_slice(raw.as_bytes());
             let found = JobRecord::open(Rc::new(MemoryDisk::from_bytes(&newer))).await;
             assert!(matches!(found, Err(JobError::Newer { found: 9, known: JOB_VERSION })));
+            let said = found.err().unwrap().to_string();
+            assert!(said.contains("format 9") && said.contains("up to 1"), "{said}");
         });
     }
 }

@@ -150,7 +150,10 @@ impl Vm {
         let (mut disks, mut troubles) = (Vec::new(), Vec::new());
         let open_now = std::mem::take(&mut *self.disks.borrow_mut());
         for entry in entries {
-            let place = self.locate(&entry.file_name, around);
+            let place = match &entry.refused {
+                Some(why) => Err(why.clone()),
+                None => self.locate(&entry.file_name, around),
+            };
             if let (Ok((_, path)), Some(open)) = (&place, open_now.iter().find(|d| d.slot == entry.slot))
                 && *path == open.path
             {
@@ -296,7 +299,8 @@ pub(crate) fn locate(
 
 /// The first SCSI slot without anything in it.
 pub fn free_slot(vmx: &Vmx) -> Option<Slot> {
-    Slot::all_scsi().filter(|s| s.bus() == Bus::Scsi).find(|s| vmx.get(&format!("{s}.fileName")).is_none())
+    let is_free = |s: &Slot| ["fileName", "name"].iter().all(|key| vmx.get(&format!("{s}.{key}")).is_none());
+    Slot::all_scsi().filter(|s| s.bus() == Bus::Scsi).find(is_free)
 }
 
 /// How a `.vmx` in `directory` names a file: by its name alone when it is next to it.
@@ -325,7 +329,7 @@ async fn open_disk(
     around: &dyn Surroundings,
 ) -> Result<Rc<VmDisk>, ChainError> {
     let folder: Rc<dyn Folder> = Rc::clone(&datastore.folder) as Rc<dyn Folder>;
-    VmDisk::open(folder, path, Open { read_only: false, shared: entry.multi_writer }, around).await
+    VmDisk::open(folder, path, Open { read_only: false, shared: entry.shared }, around).await
 }
 
 /// The `.vmx` of a new VM without disks.

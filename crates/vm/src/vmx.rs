@@ -279,11 +279,12 @@ impl Vmx {
 
     /// The VM's disks, in slot order: everything that is present, has a file and is no CD-ROM or floppy.
     pub fn disks(&self) -> Vec<DiskEntry> {
+        let names = |key: &str| key.eq_ignore_ascii_case("fileName") || key.eq_ignore_ascii_case("name");
         let mut slots: Vec<Slot> = self
             .entries()
             .filter_map(|(key, _)| {
-                let dot = key.rfind('.')?;
-                key[dot..].eq_ignore_ascii_case(".filename").then(|| key[..dot].parse().ok())?
+                let (slot, key) = key.rsplit_once('.')?;
+                names(key).then(|| slot.parse().ok())?
             })
             .collect();
         slots.sort();
@@ -293,18 +294,25 @@ impl Vmx {
 
     /// The disk in one slot.
     pub fn disk(&self, slot: Slot) -> Option<DiskEntry> {
-        let get = |name: &str| self.get(&format!("{slot}.{name}"));
-        let file_name = get("fileName")?.to_owned();
+        let get = |name: &str| self.get(&format!("{slot}.{name}")).filter(|value| !value.is_empty());
+        let (file_name, unknown) = match get("fileName") {
+            Some(file_name) => (file_name.to_owned(), None),
+            None => esx2_name(slot, get("name")?),
+        };
         let kind = get("deviceType").unwrap_or("scsi-hardDisk");
         let is_disk = kind.to_ascii_lowercase().ends_with("harddisk") || kind.eq_ignore_ascii_case("disk");
-        if !self.flag(&format!("{slot}.present"), true) || !is_disk || file_name.is_empty() {
+        if !self.flag(&format!("{slot}.present"), true) || !is_disk {
             return None;
         }
+        let is = |value: Option<&str>, one: &str| value.is_some_and(|v| v.eq_ignore_ascii_case(one));
+        let bus = self.get(&format!("{}.sharedBus", slot.adapter_name()));
+        let mode = Mode::parse(get("mode").unwrap_or(""));
         Some(DiskEntry {
             slot,
             file_name,
-            mode: Mode::parse(get("mode").unwrap_or("")),
-            multi_writer: get("sharing").is_some_and(|s| s.eq_ignore_ascii_case("multi-writer")),
+            mode,
+            shared: is(get("sharing"), "multi-writer") || is(bus, "virtual") || is(bus, "physical"),
+            refused: unknown.or_else(|| mode.refused().map(str::to_owned)),
         })
     }
 
@@ -379,9 +387,19 @@ impl Mode {
         match self {
             Self::Persistent | Self::Undoable | Self::Append => None,
             Self::IndependentPersistent => Some("independent: VM snapshots leave it out"),
-            Self::Nonpersistent | Self::IndependentNonpersistent => {
-                Some("nonpersistent: its writes are thrown away at power off")
-            }
+            Self::Nonpersistent | Self::IndependentNonpersistent => Some("nonpersistent: it is not opened"),
+        }
+    }
+
+    /// Why such a disk is not opened. Written like any other it would keep what its owner wants thrown away, and a backup
+    /// that left it out would lose what was kept.
+    fn refused(self) -> Option<&'static str> {
+        match self {
+            Self::Nonpersistent | Self::IndependentNonpersistent => Some(
+                "is nonpersistent: its writes would have to be thrown away at power off, which is not done here; \
+                 detach it and attach it again, persistent or independent-persistent",
+            ),
+            Self::Persistent | Self::Undoable | Self::Append | Self::IndependentPersistent => None,
         }
     }
 }
@@ -395,8 +413,26 @@ pub struct DiskEntry {
     pub file_name: String,
     /// How snapshots see it.
     pub mode: Mode,
-    /// Several VMs write to it.
-    pub multi_writer: bool,
+    /// Several VMs may write to it (R5): the bus of its adapter is shared, or it is multi-writer.
+    pub shared: bool,
+    /// Why it is not opened, whatever its file is.
+    pub refused: Option<String>,
+}
+
+/// What ESX 2 calls a disk, in the words of today: a file at the top of a volume, which goes by its label. A volume that
+/// goes by controller, target and partition is told by what no other machine has.
+fn esx2_name(slot: Slot, name: &str) -> (String, Option<String>) {
+    let Some((volume, file)) = name.rsplit_once(':') else { return (name.to_owned(), None) };
+    match volume.contains(':') {
+        false => (format!("/vmfs/volumes/{volume}/{file}"), None),
+        true => {
+            let why = format!(
+                "names its volume as {volume}, which says nothing here; set {slot}.fileName to \
+                 /vmfs/volumes/DATASTORE/{file}"
+            );
+            (name.to_owned(), Some(why))
+        }
+    }
 }
 
 /// `key = "value"` or `key = value`, spaces around both ignored; `None` for comments and anything else.
@@ -499,6 +535,47 @@ mod tests {
     }
 
     #[test]
+    fn r5_a_disk_is_shared_by_its_bus_or_by_its_own_word() {
+        let shared = |text: &str| {
+            let vmx = Vmx::parse(format!("scsi1:2.fileName = \"d.vmdk\"\n{text}\n").as_bytes()).unwrap();
+            vmx.disk(Vmx::slot("scsi1:2").unwrap()).unwrap().shared
+        };
+        for yes in [
+            "scsi1.sharedBus = \"virtual\"",
+            "SCSI1.sharedbus = \"Physical\"",
+            "scsi1:2.sharing = \"multi-writer\"",
+        ] {
+            assert!(shared(yes), "{yes}");
+        }
+        for no in [
+            "",
+            "scsi1.sharedBus = \"none\"",
+            "scsi0.sharedBus = \"virtual\"",
+            "scsi1:2.sharing = \"none\"",
+            "scsi1:3.sharing = \"multi-writer\"",
+        ] {
+            assert!(!shared(no), "{no}");
+        }
+    }
+
+    #[test]
+    fn r8_disks_are_found_by_the_names_of_esx_2() {
+        let text = "scsi0:0.name = \"vmhba1:0:0:5:sql.vmdk\"\nscsi0:1.name = \"local:sql-d.vmdk\"\n\
+            scsi0:2.name = \"e.vmdk\"\nscsi0:3.name = \"local:old.vmdk\"\nscsi0:3.fileName = \"new.vmdk\"\n\
+            scsi0:4.name = \"\"\nscsi0:5.fileName = \"f.vmdk\"\nscsi0:5.mode = \"nonpersistent\"\n";
+        let vmx = Vmx::parse(text.as_bytes()).unwrap();
+        let found = vmx.disks();
+        let names: Vec<_> = found.iter().map(|d| d.file_name.as_str()).collect();
+        let expected =
+            ["vmhba1:0:0:5:sql.vmdk", "/vmfs/volumes/local/sql-d.vmdk", "e.vmdk", "new.vmdk", "f.vmdk"];
+        assert_eq!(names, expected);
+        let why = |n: usize| found[n].refused.as_deref().unwrap_or("");
+        assert!(why(0).contains("scsi0:0.fileName") && why(0).ends_with("/sql.vmdk"), "{}", why(0));
+        assert!((1..4).all(|n| found[n].refused.is_none()));
+        assert!(why(4).contains("nonpersistent"), "{}", why(4));
+    }
+
+    #[test]
     fn attach_and_detach() {
         let mut vmx = Vmx::new();
         let slot = Vmx::slot("scsi1:3").unwrap();
@@ -510,7 +587,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn any_bytes_parse_or_are_refused(bytes in proptest::collection::vec(any::<u8>(), 0..400)) {
+        fn fuzz_any_bytes_parse_or_are_refused(bytes in proptest::collection::vec(any::<u8>(), 0..400)) {
             if let Ok(vmx) = Vmx::parse(&bytes) {
                 let again = Vmx::parse(&vmx.to_bytes()).unwrap();
                 prop_assert_eq!(
