@@ -61,6 +61,11 @@ pub fn debugvmfs(image: &Image, command: &[&str]) -> Option<String> {
 /// Runs a Python script with dissect.vmfs at hand: `vmfs` is the opened file system, `fh` the file; answers what it
 /// printed.
 pub fn dissect(image: &Image, script: &str) -> Option<String> {
+    dissect_file(&image.0, script)
+}
+
+/// The same on a file that stays.
+pub fn dissect_file(image: &Path, script: &str) -> Option<String> {
     let python = match python() {
         Ok(python) => python,
         Err(why) => {
@@ -71,7 +76,7 @@ pub fn dissect(image: &Image, script: &str) -> Option<String> {
     let open = "import sys, hashlib\nfrom dissect.vmfs.vmfs import VMFS\nfrom dissect.vmfs.lvm import LVM\n\
                 fh = open(sys.argv[1], 'rb')\nvmfs = VMFS(LVM(fh).volumes[0].open())\n";
     let script = format!("{open}{script}");
-    let out = Command::new(&python).args(["-c", &script]).arg(&image.0).output().unwrap();
+    let out = Command::new(&python).args(["-c", &script]).arg(image).output().unwrap();
     let errors = String::from_utf8_lossy(&out.stderr).into_owned();
     assert!(out.status.success(), "dissect.vmfs: {errors}");
     Some(String::from_utf8_lossy(&out.stdout).into_owned())
