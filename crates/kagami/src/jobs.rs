@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 
-use crate::files::{self, RecordError, Versioned};
+use crate::files;
 use crate::model::{JobView, NewBackup, NewRestore, UndoRestore};
 use crate::problem::{Kind, Outcome, Problem};
 use crate::store::RemoteStore;
@@ -270,6 +270,7 @@ impl Jobs {
             let result = match work {
                 Work::Backup(new) => store.backup(new, progress).await,
                 Work::Restore(new) => store.restore(new, progress).await,
+                Work::UndoRestore(new) => store.undo_restore(new.vm, progress).await,
             };
             jobs.finish(&job, result);
             let view = job.view();
@@ -300,7 +301,6 @@ impl Jobs {
                         let _ = job.ended.send(true);
                         return;
                     }
-                Work::UndoRestore(new) => store.undo_restore(new.vm, progress).await,
                     view.state = if cancelled { "cancelled" } else { "failed" }.into();
                     view.problem = Some(problem);
                 }

@@ -234,10 +234,6 @@ pub enum LunVerb {
         /// Name or UUID
         lun: String,
     },
-    /// Return to what the LUN held before it was reverted; what was written since is given up
-    UndoRevert {
-        /// Name, UUID or naa. identity
-        lun: String,
     /// Let go what somebody who will not come back holds of the LUN's past, as backups to a repository that is gone
     Release {
         /// Name, UUID or naa. identity
@@ -245,6 +241,10 @@ pub enum LunVerb {
         /// Who holds it: kagami pool show POOL -o wide
         holder: String,
     },
+    /// Return to what the LUN held before it was reverted; what was written since is given up
+    UndoRevert {
+        /// Name, UUID or naa. identity
+        lun: String,
     },
 }
 
@@ -674,17 +674,6 @@ pub struct RestoreArgs {
     /// Into a new LUN of this name (needs --disk), unmapped unless --map says where
     #[arg(long, value_name = "NAME", group = "target")]
     pub to_lun: Option<String>,
-    /// One disk only, by its slot (scsi0:1)
-    #[arg(long, value_name = "SLOT")]
-    pub disk: Option<String>,
-    /// Where the new VM goes (else where it was)
-    #[arg(short, long)]
-    pub datastore: Option<String>,
-    /// In which pool new LUNs go (else where they were)
-    #[arg(short, long)]
-    pub pool: Option<String>,
-    /// Print the job and do not wait for it
-    #[arg(long)]
     /// Bring back what the VM held before the latest restore in place, whether that came to its end or not
     #[arg(long, group = "target")]
     pub undo: bool,
@@ -700,6 +689,17 @@ pub struct RestoreArgs {
     /// Move at most so much a second of each disk, such as 100M/s
     #[arg(long, value_name = "RATE", conflicts_with = "to")]
     pub limit: Option<String>,
+    /// One disk only, by its slot (scsi0:1)
+    #[arg(long, value_name = "SLOT")]
+    pub disk: Option<String>,
+    /// Where the new VM goes (else where it was)
+    #[arg(short, long)]
+    pub datastore: Option<String>,
+    /// In which pool new LUNs go (else where they were)
+    #[arg(short, long)]
+    pub pool: Option<String>,
+    /// Print the job and do not wait for it
+    #[arg(long)]
     pub detach: bool,
 }
 

@@ -138,13 +138,13 @@ async fn lun(session: &Session, verb: &LunVerb) -> Outcome {
         LunVerb::UndoRevert { lun } => {
             session.destroy(Method::POST, &format!("{}/undo-revert", path(lun)), None, "lun", lun).await
         }
-        LunVerb::Undelete { lun } => {
-            let path = format!("{}/undelete", path(lun));
-            session.change_and_print(Method::POST, &path, None, columns::LUN).await
-        }
         LunVerb::Release { lun, holder } => {
             let body = Some(json!({"holder": holder}));
             session.destroy(Method::POST, &format!("{}/release", path(lun)), body, "lun", lun).await
+        }
+        LunVerb::Undelete { lun } => {
+            let path = format!("{}/undelete", path(lun));
+            session.change_and_print(Method::POST, &path, None, columns::LUN).await
         }
     }
 }

@@ -10,9 +10,9 @@ mod cut;
 mod datastores;
 mod disks;
 mod exports;
-mod iscsi;
 mod holds;
 mod in_place;
+mod iscsi;
 mod luns;
 mod pools;
 mod rdms;
@@ -99,6 +99,11 @@ impl RemoteStore {
         self.ask(move |store| async move { store.restore(new, progress).await }).await
     }
 
+    /// Brings back what a VM held before the latest restore over it; the job's result.
+    pub async fn undo_restore(&self, vm: String, progress: Arc<Progress>) -> Outcome<serde_json::Value> {
+        self.ask(move |store| async move { store.undo_in_place(&vm, progress).await }).await
+    }
+
     /// Before interrupted jobs go on: cuts of backups that none of them wants are dropped.
     pub async fn keep_cuts(&self, wanted: Vec<NewBackup>) {
         self.ask(move |store| async move { store.keep_cuts(&wanted).await }).await;
@@ -107,11 +112,6 @@ impl RemoteStore {
     /// Stops serving and makes everything durable.
     pub async fn close(&self) {
         self.ask(|store| async move { store.close().await }).await;
-    /// Brings back what a VM held before the latest restore over it; the job's result.
-    pub async fn undo_restore(&self, vm: String, progress: Arc<Progress>) -> Outcome<serde_json::Value> {
-        self.ask(move |store| async move { store.undo_in_place(&vm, progress).await }).await
-    }
-
         self.lane.run(|| async { STORE.with(|s| s.borrow_mut().take()).is_some() }).await;
     }
 }
@@ -124,6 +124,7 @@ enum Folder {
     Vms,
     Exports,
     Cuts,
+    Restores,
 }
 
 impl Folder {
@@ -132,10 +133,9 @@ impl Folder {
             Self::Pools => "pools",
             Self::Datastores => "datastores",
             Self::Vms => "vms",
-    Restores,
-    Doing,
             Self::Exports => "exports",
             Self::Cuts => "cuts",
+            Self::Restores => "restores",
         }
     }
 }
@@ -144,21 +144,6 @@ impl Folder {
 pub struct Store {
     /// Itself, for disks that ask for their LUNs again.
     this: Weak<Self>,
-            Self::Restores => "restores",
-            Self::Doing => "doing",
-        }
-    }
-
-    /// The newest format of its records that this program knows.
-    fn known(self) -> u32 {
-        match self {
-            Self::Pools => pools::PoolRecord::FORMAT,
-            Self::Datastores => datastores::DatastoreRecord::FORMAT,
-            Self::Vms => vms::VmRecord::FORMAT,
-            Self::Exports => exports::ExportRecord::FORMAT,
-            Self::Cuts => standing::CutRecord::FORMAT,
-            Self::Restores => in_place::InPlace::FORMAT,
-            Self::Doing => doing::DoingRecord::FORMAT,
     home: Home,
     /// Whoever listens to what happens.
     events: Events,
@@ -175,6 +160,10 @@ pub struct Store {
     frozen: RefCell<BTreeMap<String, backups::Frozen>>,
     /// Cuts of backups that are under way, by VM.
     cuts: RefCell<BTreeMap<String, standing::CutRecord>>,
+    /// VMs with the record of a cut that cannot be read, and why.
+    unread_cuts: RefCell<BTreeMap<String, String>>,
+    /// Restores over VMs.
+    in_places: in_place::InPlaces,
     /// VMs that a job works on, and what it does.
     occupied: Rc<RefCell<BTreeMap<String, &'static str>>>,
     /// Since the start: a cut is in doubt, or something that could say so is not here.
@@ -185,10 +174,6 @@ pub struct Store {
 
 /// A job works on a VM: until this is dropped nobody else changes the VM, removes it or works on it.
 pub struct Occupied {
-    /// VMs with the record of a cut that cannot be read, and why.
-    unread_cuts: RefCell<BTreeMap<String, String>>,
-    /// Restores over VMs.
-    in_places: in_place::InPlaces,
     all: Rc<RefCell<BTreeMap<String, &'static str>>>,
     vm: String,
 }
@@ -214,6 +199,8 @@ impl Store {
             vms: RefCell::default(),
             frozen: RefCell::default(),
             cuts: RefCell::default(),
+            unread_cuts: RefCell::default(),
+            in_places: in_place::InPlaces::default(),
             occupied: Rc::default(),
             in_doubt: Cell::new(false),
             unreadable: RefCell::default(),
@@ -225,8 +212,6 @@ impl Store {
         // Snapshots go only when no record asks any more whether their cut happened.
         store.in_doubt.set(!store.resolve_vmsnaps(&records).await);
         store.load_cuts().await?;
-            unread_cuts: RefCell::default(),
-            in_places: in_place::InPlaces::default(),
         store.load_in_place().await?;
         store.drop_all_frozen().await;
         store.open_vms(records).await?;
@@ -239,7 +224,6 @@ impl Store {
     }
 
     async fn close(&self) {
-        store.load_in_place().await?;
         self.hold_no_more(&self.open_vms_now());
         let _turn = self.turn.take().await;
         self.drop_all_frozen().await;
@@ -313,6 +297,7 @@ impl Store {
         all.extend(self.pool_troubles());
         all.extend(self.datastore_troubles());
         all.extend(self.vm_troubles());
+        all.extend(self.in_place_troubles());
         all.extend(self.export_troubles());
         all
     }
@@ -323,4 +308,3 @@ fn rfc3339(seconds: u64) -> Option<String> {
     let seconds = i64::try_from(seconds).ok().filter(|s| *s > 0)?;
     jiff::Timestamp::from_second(seconds).ok().map(|t| t.to_string())
 }
-        all.extend(self.in_place_troubles());

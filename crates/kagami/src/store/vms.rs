@@ -547,23 +547,12 @@ impl Store {
         }
         let datastore = if how.all { Some(self.open_datastore_now(&record.datastore)?) } else { None };
         self.drop_frozen(name).await;
-        let home = directory(&record.vmx);
-        let doing = Doing::RemoveVm {
-            name: name.to_owned(),
-            datastore: record.datastore.clone(),
-            home: home.to_owned(),
-            all: how.all,
-        };
-        self.noted(doing, async || {
-            self.forget(Folder::Vms, name).await?;
-            drop(self.vms.borrow_mut().remove(name));
-            if let Some(datastore) = datastore {
-                self.forget_in_place(name).await?;
-                self.remove_vm_files(&datastore, home).await;
-            }
-            Ok(())
-        })
-        .await?;
+        self.forget(Folder::Vms, name).await?;
+        drop(self.vms.borrow_mut().remove(name));
+        if let Some(datastore) = datastore {
+            self.forget_in_place(name).await?;
+            self.remove_vm_files(&datastore, directory(&record.vmx)).await;
+        }
         tracing::info!(vm = name, files = how.all, "VM removed");
         Ok(Change::Done(view))
     }
