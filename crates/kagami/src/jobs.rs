@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 
-use crate::files;
+use crate::files::{self, RecordError, Versioned};
 use crate::model::{JobView, NewBackup, NewRestore, UndoRestore};
 use crate::problem::{Kind, Outcome, Problem};
 use crate::store::RemoteStore;
@@ -118,6 +118,10 @@ struct Record {
     work: Work,
 }
 
+impl Versioned for Record {
+    const FORMAT: u32 = 1;
+}
+
 struct Job {
     record: Mutex<Record>,
     progress: Arc<Progress>,
@@ -141,6 +145,25 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(|e| e.into_inner())
 }
 
+/// A job whose file is of a newer format.
+fn strange_view(file: &str, problem: Problem) -> JobView {
+    JobView {
+        id: file.trim_end_matches(".json").to_owned(),
+        kind: "unknown".into(),
+        object: String::new(),
+        state: "unreadable".into(),
+        phase: String::new(),
+        note: None,
+        done_bytes: 0,
+        total_bytes: 0,
+        created_at: String::new(),
+        ended_at: None,
+        attempts: 0,
+        result: None,
+        problem: Some(problem),
+    }
+}
+
 /// Hears of jobs that begin and end.
 type Listener = Box<dyn Fn(&JobView) + Send>;
 
@@ -148,6 +171,8 @@ struct Inner {
     dir: PathBuf,
     store: RemoteStore,
     jobs: Mutex<BTreeMap<String, Arc<Job>>>,
+    /// Jobs of a newer kagami: shown, and left alone.
+    strange: Vec<JobView>,
     /// Called with every job that begins or ends.
     listener: Mutex<Option<Listener>>,
     draining: AtomicBool,
@@ -164,8 +189,12 @@ impl Jobs {
     pub fn open(dir: PathBuf, store: RemoteStore) -> Outcome<Self> {
         let failed = |e| Problem::failed("KGM-JOB-0002", format!("cannot read {}", dir.display()), e);
         let (records, bad) = files::load_all::<Record>(&dir).map_err(failed)?;
+        let mut strange = Vec::new();
         for (name, error) in bad {
             tracing::warn!(name, %error, "a job file cannot be read; it is left alone");
+            if let RecordError::Newer { found, known } = error {
+                strange.push(strange_view(&name, files::newer(&dir.join(&name), found, known)));
+            }
         }
         let jobs = records
             .into_iter()
@@ -179,6 +208,7 @@ impl Jobs {
             dir,
             store,
             jobs: Mutex::new(jobs),
+            strange,
             listener: Mutex::new(None),
             draining: AtomicBool::new(false),
         };
@@ -247,7 +277,7 @@ impl Jobs {
             problem: None,
         };
         let id = view.id.clone();
-        let record = Mutex::new(Record { format: 1, view, work });
+        let record = Mutex::new(Record { format: Record::FORMAT, view, work });
         let job = Arc::new(Job { record, progress: Arc::default(), ended: watch::Sender::new(false) });
         self.prune();
         lock(&self.inner.jobs).insert(id, Arc::clone(&job));
@@ -335,7 +365,8 @@ impl Jobs {
 
     /// All jobs, oldest first.
     pub fn list(&self) -> Vec<JobView> {
-        lock(&self.inner.jobs).values().map(|job| job.view()).collect()
+        let own = lock(&self.inner.jobs).values().map(|job| job.view()).collect::<Vec<_>>();
+        self.inner.strange.iter().cloned().chain(own).collect()
     }
 
     fn find(&self, id: &str) -> Outcome<Arc<Job>> {
@@ -391,6 +422,19 @@ impl Jobs {
             if tokio::time::timeout(time, ended.wait_for(|ended| *ended)).await.is_err() {
                 tracing::warn!(job = job.view().id, "does not stop; it goes on at the next start");
             }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn golden_jobs_of_format_1_are_read() {
+        for (name, kind) in [("jobs/backup.json", "backup"), ("jobs/restore.json", "restore")] {
+            let record = files::golden::<Record>(name);
+            assert_eq!((record.view.kind.as_str(), record.work.kind()), (kind, kind), "{name}");
         }
     }
 }

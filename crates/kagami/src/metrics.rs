@@ -1,10 +1,14 @@
 //! Prometheus metrics: counters that live here, and gauges that are asked from the store at each scrape.
 
-use std::sync::Mutex;
 use std::sync::atomic::AtomicU64;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
-use prometheus_client::encoding::EncodeLabelSet;
+use front::request::{LATENCY_BUCKETS, Operation, Tally};
+use prometheus_client::collector::Collector;
 use prometheus_client::encoding::text::encode;
+use prometheus_client::encoding::{DescriptorEncoder, EncodeLabelSet, MetricEncoder, NoLabelSet};
+use prometheus_client::metrics::MetricType;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
@@ -50,6 +54,156 @@ pub struct VmLabel {
     pub vm: String,
 }
 
+/// What the store looks like at a scrape.
+#[derive(Default)]
+pub struct Seen {
+    /// All pools.
+    pub pools: Vec<PoolView>,
+    /// All LUNs.
+    pub luns: Vec<LunView>,
+    /// All datastores.
+    pub datastores: Vec<DatastoreView>,
+    /// All VMs.
+    pub vms: Vec<VmView>,
+    /// All exports that serve.
+    pub exports: Vec<ExportCounts>,
+}
+
+/// What an export has done since it was added. The front ends count where they answer, on the lane, without a lock; here
+/// it is a copy.
+#[derive(Clone, Debug)]
+pub struct ExportCounts {
+    /// Its name.
+    pub export: String,
+    /// What is served.
+    pub target: String,
+    /// The LUN under it.
+    pub lun: String,
+    /// Requests not answered yet.
+    pub in_flight: u64,
+    /// What was counted of each operation.
+    pub tallies: Vec<(Operation, Tally)>,
+}
+
+impl ExportCounts {
+    fn tally(&self, operation: Operation) -> Tally {
+        let found = self.tallies.iter().find(|(o, _)| *o == operation);
+        found.map(|(_, tally)| *tally).unwrap_or_default()
+    }
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct ExportLabel {
+    export: String,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct ExportErrorLabel {
+    export: String,
+    operation: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct ExportInfo {
+    export: String,
+    target: String,
+    lun: String,
+}
+
+/// Exports as they were counted at the last scrape.
+#[derive(Debug, Default)]
+struct ExportCollector(Mutex<Vec<ExportCounts>>);
+
+/// Operations that clients do often enough to be told one by one, with the word for many of them.
+const COUNTED: [(Operation, &str); 5] = [
+    (Operation::Read, "reads"),
+    (Operation::Write, "writes"),
+    (Operation::Flush, "flushes"),
+    (Operation::Unmap, "unmaps"),
+    (Operation::Zero, "zeroes"),
+];
+
+/// Upper ends of the buckets in seconds with what is in each: the lane counts by powers of two of a microsecond.
+fn buckets(tally: &Tally) -> Vec<(f64, u64)> {
+    let end = |n: usize| match n + 1 {
+        LATENCY_BUCKETS => f64::INFINITY,
+        _ => 2_f64.powi(i32::try_from(n).unwrap_or(i32::MAX)) / 1e6,
+    };
+    tally.latency.iter().enumerate().map(|(n, count)| (end(n), *count)).collect()
+}
+
+impl ExportCollector {
+    /// One metric with a line, or a histogram, for each export.
+    fn each<S: EncodeLabelSet>(
+        &self,
+        encoder: &mut DescriptorEncoder<'_>,
+        (name, help, unit, kind): (&str, &str, Option<&Unit>, MetricType),
+        mut label: impl FnMut(&ExportCounts) -> S,
+        mut put: impl FnMut(&ExportCounts, MetricEncoder<'_>) -> std::fmt::Result,
+    ) -> std::fmt::Result {
+        let mut family = encoder.encode_descriptor(name, help, unit, kind)?;
+        for counts in &*self.0.lock().unwrap_or_else(|e| e.into_inner()) {
+            put(counts, family.encode_family(&label(counts))?)?;
+        }
+        Ok(())
+    }
+}
+
+impl Collector for ExportCollector {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> std::fmt::Result {
+        use MetricType::{Counter, Gauge, Histogram};
+        let label = |counts: &ExportCounts| ExportLabel { export: counts.export.clone() };
+        let info = |c: &ExportCounts| ExportInfo {
+            export: c.export.clone(),
+            target: c.target.clone(),
+            lun: c.lun.clone(),
+        };
+        let what = ("export_info", "What an export serves", None, Gauge);
+        self.each(&mut encoder, what, info, |_, mut to| to.encode_gauge(&1_u64))?;
+        let what = ("export_in_flight", "Requests of an export not answered yet", None, Gauge);
+        self.each(&mut encoder, what, label, |counts, mut to| to.encode_gauge(&counts.in_flight))?;
+        for (operation, many) in COUNTED {
+            let one = operation.name();
+            let (name, help) = (format!("export_{many}"), format!("Requests of this kind answered: {one}"));
+            self.each(&mut encoder, (&name, &help, None, Counter), label, |counts, mut to| {
+                to.encode_counter::<NoLabelSet, _, u64>(&counts.tally(operation).done, None)
+            })?;
+            let (name, help) = (format!("export_{one}"), format!("From receipt to answer of a {one}"));
+            self.each(
+                &mut encoder,
+                (&name, &help, Some(&Unit::Seconds), Histogram),
+                label,
+                |counts, mut to| {
+                    let tally = counts.tally(operation);
+                    let sum = tally.nanoseconds as f64 / 1e9;
+                    to.encode_histogram::<NoLabelSet>(sum, tally.done, &buckets(&tally), None)
+                },
+            )?;
+            let help = format!("Bytes of requests that went well: {one}");
+            if operation != Operation::Flush {
+                self.each(
+                    &mut encoder,
+                    (&name, &help, Some(&Unit::Bytes), Counter),
+                    label,
+                    |counts, mut to| {
+                        to.encode_counter::<NoLabelSet, _, u64>(&counts.tally(operation).bytes, None)
+                    },
+                )?;
+            }
+        }
+        let what = ("export_errors", "Requests answered with an error", None, Counter);
+        let mut family = encoder.encode_descriptor(what.0, what.1, what.2, what.3)?;
+        for counts in &*self.0.lock().unwrap_or_else(|e| e.into_inner()) {
+            for (operation, tally) in &counts.tallies {
+                let label = ExportErrorLabel { export: counts.export.clone(), operation: operation.name() };
+                let mut to = family.encode_family(&label)?;
+                to.encode_counter::<NoLabelSet, _, u64>(&tally.failed, None)?;
+            }
+        }
+        Ok(())
+    }
+}
+
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct Build {
     version: String,
@@ -69,6 +223,8 @@ pub struct Metrics {
     backup_success: Family<VmLabel, Gauge>,
     backup_duration: Histogram,
     cut_hold: Histogram,
+    commit_hold: Histogram,
+    exports: Arc<ExportCollector>,
 }
 
 impl Metrics {
@@ -90,6 +246,8 @@ impl Metrics {
             backup_success: Family::default(),
             backup_duration: Histogram::new(exponential_buckets(0.1, 3.0, 12)),
             cut_hold: Histogram::new(exponential_buckets(0.000_05, 2.0, 16)),
+            commit_hold: Histogram::new(exponential_buckets(0.000_05, 2.0, 16)),
+            exports: Arc::default(),
             registry: Mutex::new(Registry::default()),
         };
         let mut bytes = |name: &str, help: &str, family: &Family<LunLabel, Gauge>| {
@@ -119,6 +277,10 @@ impl Metrics {
         let hold = all.cut_hold.clone();
         let help = "From the first gate closed to the last gate opened of a cut";
         registry.register_with_unit("cut_hold", help, Unit::Seconds, hold);
+        let hold = all.commit_hold.clone();
+        let help = "Gate of a disk closed for the commit of its redo log: once to begin, once to flip";
+        registry.register_with_unit("commit_hold", help, Unit::Seconds, hold);
+        registry.register_collector(Box::new(Arc::clone(&all.exports)));
         *all.registry.lock().unwrap_or_else(|e| e.into_inner()) = registry;
         all
     }
@@ -136,18 +298,19 @@ impl Metrics {
     }
 
     /// A cut held writes back for this long.
-    pub fn cut_held(&self, seconds: f64) {
-        self.cut_hold.observe(seconds);
+    pub fn cut_held(&self, time: Duration) {
+        self.cut_hold.observe(time.as_secs_f64());
+    }
+
+    /// Commits held writes back for these times.
+    pub fn commits_held(&self, times: &[Duration]) {
+        times.iter().for_each(|time| self.commit_hold.observe(time.as_secs_f64()));
     }
 
     /// The text for a scrape, with these objects as they are now.
-    pub fn render(
-        &self,
-        pools: &[PoolView],
-        luns: &[LunView],
-        datastores: &[DatastoreView],
-        vms: &[VmView],
-    ) -> String {
+    pub fn render(&self, seen: &Seen) -> String {
+        let Seen { pools, luns, datastores, vms, exports } = seen;
+        exports.clone_into(&mut self.exports.0.lock().unwrap_or_else(|e| e.into_inner()));
         let gauge = |n: u64| i64::try_from(n).unwrap_or(i64::MAX);
         for family in [&self.lun_size, &self.snapshots] {
             family.clear();
@@ -195,9 +358,32 @@ mod tests {
         let metrics = Metrics::new();
         metrics.job_ended("backup", "done");
         metrics.backup_done("mail", 2.5);
-        metrics.cut_held(0.001);
-        let text = metrics.render(&[], &[], &[], &[]);
+        metrics.cut_held(Duration::from_millis(1));
+        metrics.commits_held(&[Duration::from_millis(2), Duration::from_micros(60)]);
+        let mut tally = Tally { done: 3, failed: 1, bytes: 8192, nanoseconds: 6_000_000, ..Tally::default() };
+        (tally.latency[2], tally.latency[LATENCY_BUCKETS - 1]) = (2, 1);
+        let exports = vec![ExportCounts {
+            export: "d".into(),
+            target: "sql01/scsi0:1".into(),
+            lun: "sql01-d".into(),
+            in_flight: 4,
+            tallies: vec![(Operation::Write, tally)],
+        }];
+        let text = metrics.render(&Seen { exports, ..Seen::default() });
         for wanted in [
+            "kagami_export_info{export=\"d\",target=\"sql01/scsi0:1\",lun=\"sql01-d\"} 1",
+            "kagami_export_in_flight{export=\"d\"} 4",
+            "# TYPE kagami_export_writes counter",
+            "kagami_export_writes_total{export=\"d\"} 3",
+            "kagami_export_reads_total{export=\"d\"} 0",
+            "kagami_export_write_bytes_total{export=\"d\"} 8192",
+            "# TYPE kagami_export_write_seconds histogram",
+            "kagami_export_write_seconds_sum{export=\"d\"} 0.006",
+            "kagami_export_write_seconds_bucket{le=\"0.000002\",export=\"d\"} 0",
+            "kagami_export_write_seconds_bucket{le=\"0.000004\",export=\"d\"} 2",
+            "kagami_export_write_seconds_bucket{le=\"+Inf\",export=\"d\"} 3",
+            "kagami_export_errors_total{export=\"d\",operation=\"write\"} 1",
+            "kagami_commit_hold_seconds_count 2",
             "kagami_build_info{version=",
             "kagami_jobs_total{kind=\"backup\",state=\"done\"} 1",
             "kagami_backup_last_success_timestamp_seconds{vm=\"mail\"}",

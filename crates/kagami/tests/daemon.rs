@@ -82,7 +82,16 @@ fn rest_describes_itself_and_reports_problems() {
     assert_eq!(status, 400);
     let (status, kind, body) = place.rest("GET", "/metrics", "");
     assert!(status == 200 && kind.starts_with("application/openmetrics-text"), "{kind}");
-    assert!(body.contains("kagami_build_info{version="), "{body}");
+    for wanted in [
+        "kagami_build_info{version=",
+        "# TYPE kagami_cut_hold_seconds histogram",
+        "# TYPE kagami_commit_hold_seconds histogram",
+        "# TYPE kagami_export_reads counter",
+        "# UNIT kagami_export_write_bytes bytes",
+        "# TYPE kagami_export_flush_seconds histogram",
+    ] {
+        assert!(body.contains(wanted), "{wanted} is not in {body}");
+    }
 }
 
 #[test]

@@ -17,7 +17,7 @@ use axum::response::{IntoResponse, Response};
 use serde::{Deserialize, Serialize};
 
 use super::Shared;
-use crate::files;
+use crate::files::{self, RecordError, Versioned};
 use crate::problem::{Kind, Outcome, Problem};
 
 /// Longest key, in bytes.
@@ -39,6 +39,10 @@ struct Reply {
     content_type: String,
     location: Option<String>,
     body: String,
+}
+
+impl Versioned for Reply {
+    const FORMAT: u32 = 1;
 }
 
 /// Answers that were given, and keys whose requests are under way.
@@ -77,11 +81,19 @@ impl Replies {
         self.dir.join(format!("{name}.json"))
     }
 
-    /// The answer that was given; an old one is none.
-    fn find(&self, name: &str) -> Option<Reply> {
+    /// The answer that was given; an old one is none. One that a newer kagami gave is not read, and its request not done
+    /// again.
+    fn find(&self, name: &str) -> Outcome<Option<Reply>> {
         let path = self.path(name);
-        let age = std::fs::metadata(&path).ok()?.modified().ok()?.elapsed().unwrap_or_default();
-        if age > KEPT { None } else { files::load(&path).ok() }
+        let modified = std::fs::metadata(&path).and_then(|m| m.modified());
+        let is_old = |time: std::time::SystemTime| time.elapsed().is_ok_and(|age| age > KEPT);
+        if modified.is_ok_and(is_old) {
+            return Ok(None);
+        }
+        match files::load(&path) {
+            Err(RecordError::Newer { found, known }) => Err(files::newer(&path, found, known)),
+            reply => Ok(reply.ok()),
+        }
     }
 
     /// Keeps an answer, and lets go of the oldest ones.
@@ -155,7 +167,9 @@ async fn done_once(daemon: &Shared, key: HeaderValue, request: Request, next: Ne
     let hash = hash.finalize().to_hex().to_string();
     let (known, looked) = (replies.clone(), name.clone());
     let found = tokio::task::spawn_blocking(move || known.find(&looked)).await;
-    if let Some(reply) = found.map_err(|e| Problem::failed("KGM-API-0500", "the answer was not found", e))? {
+    if let Some(reply) =
+        found.map_err(|e| Problem::failed("KGM-API-0500", "the answer was not found", e))??
+    {
         if reply.request != hash {
             return Err(Problem::new("KGM-API-0422", Kind::Refused, "the idempotency key was used before")
                 .why("for another request")
@@ -172,7 +186,7 @@ async fn done_once(daemon: &Shared, key: HeaderValue, request: Request, next: Ne
     let bytes = to_bytes(body, usize::MAX).await.map_err(failed)?;
     let text = |name| parts.headers.get(name).and_then(|v| v.to_str().ok()).map(str::to_owned);
     let reply = Reply {
-        format: 1,
+        format: Reply::FORMAT,
         request: hash,
         status: parts.status.as_u16(),
         content_type: text(header::CONTENT_TYPE).unwrap_or_default(),
@@ -183,4 +197,29 @@ async fn done_once(daemon: &Shared, key: HeaderValue, request: Request, next: Ne
     let saved = tokio::task::spawn_blocking(move || replies.keep(&name, &kept)).await;
     saved.map_err(|e| Problem::failed("KGM-API-0500", "the answer was not remembered", e))?;
     Ok(Response::from_parts(parts, Body::from(bytes)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn golden_answers_of_format_1_are_read() {
+        let reply = files::golden::<Reply>("replies/created.json");
+        assert_eq!((reply.status, reply.location.as_deref()), (201, Some("/api/v1/luns/a")));
+    }
+
+    #[test]
+    fn an_answer_of_a_newer_kagami_is_not_read_and_its_request_not_done_again() {
+        let dir = std::env::temp_dir().join(format!("kagami-once-{}", std::process::id()));
+        let replies = Replies::open(dir.clone()).unwrap();
+        assert!(replies.find("x").unwrap().is_none());
+        std::fs::write(replies.path("x"), r#"{"format": 2, "answers": []}"#).unwrap();
+        let problem = replies.find("x").err().unwrap();
+        assert!(problem.code == "KGM-SRV-0013" && problem.detail.contains("up to 1"), "{problem}");
+        let reply = files::golden::<Reply>("replies/created.json");
+        replies.keep("x", &reply);
+        assert!(std::fs::read_to_string(replies.path("x")).unwrap().contains("answers"));
+        std::fs::remove_dir_all(&dir).unwrap();
+    }
 }

@@ -8,6 +8,7 @@ use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use super::Shared;
+use crate::metrics::Seen;
 use crate::model::DaemonView;
 use crate::problem::Outcome;
 
@@ -51,10 +52,12 @@ async fn stop_daemon(State(daemon): State<Shared>) -> Json<DaemonView> {
 #[utoipa::path(get, path = "/metrics", responses((status = 200, content_type = "text/plain", body = String)))]
 async fn metrics(State(daemon): State<Shared>) -> Outcome<Response> {
     let ask = |store: std::rc::Rc<crate::store::Store>| async move {
-        Ok((store.pools().await?, store.luns(false).await?, store.datastores().await?, store.vms().await?))
+        let (pools, luns) = (store.pools().await?, store.luns(false).await?);
+        let (datastores, vms) = (store.datastores().await?, store.vms().await?);
+        Ok(Seen { pools, luns, datastores, vms, exports: store.export_counts() })
     };
-    let (pools, luns, datastores, vms) = daemon.store.ask(ask).await?;
-    let text = daemon.metrics.render(&pools, &luns, &datastores, &vms);
+    let seen = daemon.store.ask(ask).await?;
+    let text = daemon.metrics.render(&seen);
     let kind = "application/openmetrics-text; version=1.0.0; charset=utf-8";
     Ok(([(header::CONTENT_TYPE, kind)], text).into_response())
 }

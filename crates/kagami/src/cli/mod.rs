@@ -16,7 +16,7 @@ use std::io::IsTerminal;
 use clap::{CommandFactory, Parser};
 
 use args::{Cli, ConfigVerb, Noun, ServeArgs};
-pub use client::{Client, segment};
+pub use client::{Client, from_segment, segment};
 use hyper::Method;
 pub use nouns::absolute;
 pub use session::{Session, output, stdout_failed};

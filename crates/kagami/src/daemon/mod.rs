@@ -53,15 +53,17 @@ async fn run(home: &Home, options: &Options) -> Outcome {
     let mut interrupt = signal(SignalKind::interrupt()).map_err(failed)?;
     let lane =
         lane::start(lane::Options { name: "kagami-lane".into(), ..Default::default() }).map_err(failed)?;
-    let events = Events::new();
-    let store = RemoteStore::open(lane, home.clone(), options.serving.clone(), events.clone()).await?;
+    let (events, metrics) = (Events::new(), Arc::new(Metrics::new()));
+    let (serving, measured) = (options.serving.clone(), Arc::clone(&metrics));
+    let store = RemoteStore::open(lane, home.clone(), serving, events.clone(), measured).await?;
     let jobs = Jobs::open(home.join("jobs"), store.clone())?;
+    listen_to_jobs(&jobs, &events, &metrics);
     let (stop, mut stopping) = watch::channel(false);
     let daemon = Arc::new(Daemon {
         home: home.clone(),
         store: store.clone(),
         jobs: jobs.clone(),
-        metrics: listen_to_jobs(&jobs, &events),
+        metrics,
         events: events.clone(),
         replies: Replies::open(home.join("replies"))?,
         stop,
@@ -148,10 +150,9 @@ fn in_use(home: &Home, pid: &str) -> Problem {
         .hint(format!("kagami --home {} serve --stop", home.dir().display()))
 }
 
-/// Metrics that hear of every job that ends; whoever listens to events hears of it too.
-fn listen_to_jobs(jobs: &Jobs, events: &Events) -> Arc<Metrics> {
-    let metrics = Arc::new(Metrics::new());
-    let (heard, events) = (Arc::clone(&metrics), events.clone());
+/// Metrics hear of every job that ends; whoever listens to events hears of it too.
+fn listen_to_jobs(jobs: &Jobs, events: &Events, metrics: &Arc<Metrics>) {
+    let (heard, events) = (Arc::clone(metrics), events.clone());
     jobs.on_change(move |job| {
         events.tell(&format!("job.{}", job.state), job);
         if job.state == "running" {
@@ -168,8 +169,6 @@ fn listen_to_jobs(jobs: &Jobs, events: &Events) -> Arc<Metrics> {
                     vms.for_each(|vm| heard.backup_done(vm, number("seconds")));
                 }
             }
-            heard.cut_held(number("hold_us") / 1e6);
         }
     });
-    metrics
 }

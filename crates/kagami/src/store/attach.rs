@@ -34,6 +34,9 @@ impl Store {
 
     /// The home does not have this datastore any more. Nobody has a file of it open.
     pub(super) async fn forget_datastore(&self, name: &str) -> Outcome {
+        while let Some(export) = self.export_below(name, "") {
+            self.drop_export(&export).await?;
+        }
         self.forget(Folder::Datastores, name).await?;
         let entry = self.datastores.borrow_mut().remove(name);
         if let Some(Ok(datastore)) = entry.map(|e| e.state)
@@ -68,6 +71,10 @@ impl Store {
         vms.extend(self.open_vms_now().iter().filter(|vm| uses(vm)).map(|vm| vm.name.clone()));
         if let Some(vm) = vms.first() {
             return refused(format!("VM {vm} lies on it"), format!("kagami vm rm {vm}"));
+        }
+        if let Some(export) = self.export_below(name, "") {
+            let stop = format!("kagami export stop {export}");
+            return refused(format!("a disk on it is served as export \"{export}\""), stop);
         }
         if how.all
             && let Some((lun, path)) = self.mappings_on(name).into_iter().next()
@@ -137,7 +144,7 @@ impl Store {
         let entry = DatastoreEntry { record, state: Ok(Rc::clone(&datastore)) };
         self.datastores.borrow_mut().insert(name.clone(), entry);
         self.register_all_on(&datastore).await?;
-        self.retry_exports();
+        self.retry_exports().await;
         tracing::info!(datastore = name, "datastore attached");
         self.show_datastore(&name).await.map(Change::Done)
     }

@@ -70,6 +70,7 @@ impl Store {
                 }
             }
         }
+        disks.extend(self.exported_above(&uuids));
         disks
     }
 
@@ -89,6 +90,8 @@ impl Store {
     pub(super) async fn cut(&self, members: &[FoundLun], name: &str) -> Outcome<Cut> {
         let cut = vm::cut::cut(&self.wanted(members, name)).await;
         let cut = cut.map_err(|e| cut_problem(format!("the cut \"{name}\" was not made"), e))?;
+        self.metrics.cut_held(cut.hold);
+        members.iter().for_each(|found| self.refresh_changed(found));
         Ok(Cut { group: cut.group, hold: cut.hold, at: cut.at })
     }
 

@@ -17,6 +17,7 @@ use super::pools::pool_problem;
 use super::{Folder, Store};
 use crate::api::Change;
 use crate::cli::images::{create_problem, vmfs_problem};
+use crate::files::{Named, Versioned};
 use crate::model::{CheckView, DatastoreView, NewDatastore, Plan};
 use crate::names::FileName;
 use crate::problem::{Kind, Outcome, Problem, check_name};
@@ -34,6 +35,20 @@ pub struct DatastoreRecord {
     pub name: String,
     /// Its LUN.
     pub lun: Uuid,
+}
+
+impl Versioned for DatastoreRecord {
+    const FORMAT: u32 = 1;
+}
+
+impl Named for DatastoreRecord {
+    fn format(&self) -> u32 {
+        self.format
+    }
+
+    fn unknown(name: String, format: u32) -> Self {
+        Self { format, name, lun: Uuid::nil() }
+    }
 }
 
 /// A datastore of the home, open or not.
@@ -75,6 +90,7 @@ impl Surroundings for Store {
 
 impl Store {
     async fn open_datastore(&self, record: &DatastoreRecord) -> Outcome<Rc<Datastore>> {
+        self.known(Folder::Datastores, &record.name, record)?;
         let found = self.lun(&record.lun.to_string()).map_err(|_| {
             Problem::new("KGM-DST-0001", Kind::NotFound, format!("datastore \"{}\" is missing", record.name))
                 .why(format!("its LUN {} is in no open pool", record.lun))

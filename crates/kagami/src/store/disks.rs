@@ -11,6 +11,7 @@ use vmdisk::{ChainError, chain};
 use vmfs::format::InodeKind;
 
 use super::Store;
+use super::doing::Doing;
 use crate::api::Change;
 use crate::cli::images::vmfs_problem;
 use crate::model::{DiskView, NewDisk, Plan, Removal};
@@ -160,7 +161,7 @@ impl Store {
                 None => Problem::not_found("disk", &name.to_string()),
             });
         };
-        let used_by = self.user_of(datastore, path);
+        let used_by = self.holder_of(datastore, path);
         let base = survey.links.last().unwrap_or(top);
         let lun = match Mode::of(base.descriptor.create_type()) {
             Some(_) => self.rdm_view(datastore, &base.path).await.ok().and_then(|r| r.lun),
@@ -180,7 +181,7 @@ impl Store {
     }
 
     /// VM and slot that have this descriptor, or a descriptor above it, open.
-    fn user_of(&self, datastore: &Rc<Datastore>, path: &str) -> Option<String> {
+    pub(super) fn vm_user_of(&self, datastore: &Rc<Datastore>, path: &str) -> Option<String> {
         self.open_vms_now().into_iter().find_map(|vm| {
             vm.disks().into_iter().find_map(|disk| {
                 let here = disk.datastore.name == datastore.name
@@ -240,7 +241,9 @@ impl Store {
                 new.provisioning
             )));
         }
-        self.make_disk(&datastore, &name.path, new.size_bytes, provision).await?;
+        let doing = Doing::MakeDisk { datastore: datastore.name.clone(), path: name.path.clone() };
+        let make = async || self.make_disk(&datastore, &name.path, new.size_bytes, provision).await;
+        self.noted(doing, make).await?;
         self.disk_view(&datastore, &name.path).await.map(Change::Done)
     }
 
@@ -274,7 +277,7 @@ impl Store {
         if let Some(user) = &view.used_by {
             return Err(Problem::new("KGM-DSK-0004", Kind::Conflict, format!("disk {name} is not removed"))
                 .why(format!("{user} uses it"))
-                .hint("kagami vm show VM"));
+                .hint("kagami vm show VM, kagami export ls"));
         }
         if how.dry_run {
             let loses = match &view.lun {
@@ -287,7 +290,8 @@ impl Store {
                 frees_bytes: 0,
             }));
         }
-        self.delete_disk(&datastore, &name.path).await?;
+        let doing = Doing::RemoveDisk { datastore: datastore.name.clone(), path: name.path.clone() };
+        self.noted(doing, async || self.delete_disk(&datastore, &name.path).await).await?;
         Ok(Change::Done(view))
     }
 

@@ -2,21 +2,24 @@
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
-use std::rc::Rc;
+use std::rc::{Rc, Weak};
 
-use array::catalog::SnapshotRecord;
 use block::Disk;
 use front::nbd::{Exports, NewExport as NbdExport, Options, Removal as NbdRemoval, Server, Tls};
+use front::request::Operation;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
+use vmdisk::VmDisk;
 
 use super::iscsi::IscsiRecord;
 use super::luns::FoundLun;
+use super::targets::{self, Below, Served, Subject};
 use super::{Folder, Store};
 use crate::api::Change;
 use crate::config::NbdTcp;
+use crate::files::{Named, Versioned};
+use crate::metrics::ExportCounts;
 use crate::model::{ExportView, NewExport, Plan, Protocol, Removal};
-use crate::names::{FileName, SnapName};
 use crate::problem::{Kind, Outcome, Problem};
 
 /// What the home remembers of an export.
@@ -44,21 +47,17 @@ impl ExportRecord {
     }
 }
 
-/// What an export stands for, however its target was written.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub enum Subject {
-    /// A LUN by itself.
-    Lun(Uuid),
-    /// A snapshot of a LUN.
-    Snapshot(Uuid, String),
-    /// A disk of a VM.
-    Disk(String, vm::Slot),
+impl Versioned for ExportRecord {
+    const FORMAT: u32 = 1;
 }
 
-impl Subject {
-    /// It is a disk of this VM.
-    fn is_of(&self, vm: &str) -> bool {
-        matches!(self, Self::Disk(name, _) if name == vm)
+impl Named for ExportRecord {
+    fn format(&self) -> u32 {
+        self.format
+    }
+
+    fn unknown(name: String, format: u32) -> Self {
+        Self { format, name, target: String::new(), read_only: true, shared: false, iscsi: None }
     }
 }
 
@@ -66,24 +65,27 @@ impl Subject {
 pub struct ExportEntry {
     record: ExportRecord,
     /// What is served, or why nothing is.
-    state: Outcome<Subject>,
+    pub(super) state: Outcome<Serving>,
+}
+
+/// What is being served.
+pub struct Serving {
+    pub(super) subject: Subject,
+    pub(super) below: Below,
+    /// Whoever it belongs to keeps it open.
+    disk: Weak<dyn Disk>,
+    read_only: bool,
+    /// A disk that was opened for this export.
+    pub(super) own: Option<Rc<VmDisk>>,
+    /// The VM's disk.
+    chain: Option<Weak<VmDisk>>,
 }
 
 /// The server and what it serves.
 pub struct ExportList {
     server: Rc<Server>,
-    entries: RefCell<BTreeMap<String, ExportEntry>>,
+    pub(super) entries: RefCell<BTreeMap<String, ExportEntry>>,
     addresses: RefCell<Vec<String>>,
-}
-
-/// A disk to be served.
-struct Served {
-    disk: Rc<dyn Disk>,
-    read_only: bool,
-    description: String,
-    changed: Vec<(String, block::Generation)>,
-    fast_zero: bool,
-    subject: Subject,
 }
 
 impl ExportList {
@@ -109,12 +111,6 @@ impl ExportList {
     pub async fn remove_own(&self, name: &str) {
         self.server.exports().remove(name, NbdRemoval::Drop).await;
     }
-}
-
-/// Snapshots of a LUN, with the generations that changes can be asked for since.
-fn changed_of(lun: &array::Lun) -> Vec<(String, block::Generation)> {
-    let open = |s: SnapshotRecord| lun.open_snapshot(&s.name).ok().map(|open| (s.name, open.generation()));
-    lun.snapshots().into_iter().filter_map(open).collect()
 }
 
 impl Store {
@@ -159,7 +155,7 @@ impl Store {
 
     pub(super) async fn open_exports(&self) -> Outcome {
         for record in self.load::<ExportRecord>(Folder::Exports).await? {
-            let state = self.serve(&record);
+            let state = self.serve(&record).await;
             if let Err(problem) = &state {
                 tracing::error!(export = record.name, %problem, "an export is down");
             }
@@ -170,13 +166,13 @@ impl Store {
     }
 
     /// Serves what was down and can be served now: after a VM, a LUN or a datastore came back.
-    pub(super) fn retry_exports(&self) {
+    pub(super) async fn retry_exports(&self) {
         let down: Vec<ExportRecord> = {
             let entries = self.exports.entries.borrow();
             entries.values().filter(|e| e.state.is_err()).map(|e| e.record.clone()).collect()
         };
         for record in down {
-            let state = self.serve(&record);
+            let state = self.serve(&record).await;
             if let Some(entry) = self.exports.entries.borrow_mut().get_mut(&record.name) {
                 entry.state = state;
             }
@@ -214,6 +210,27 @@ impl Store {
         let _ = std::fs::remove_file(self.home.nbd_socket()); // it is stale without us anyway
     }
 
+    /// What was counted of every export that serves, for metrics.
+    pub fn export_counts(&self) -> Vec<ExportCounts> {
+        let entries = self.exports.entries.borrow();
+        let count = |entry: &ExportEntry| {
+            let serving = entry.state.as_ref().ok()?;
+            let counts = match &entry.record.iscsi {
+                Some(iscsi) => self.target_counts(iscsi)?,
+                None => Rc::clone(self.exports.server.exports().get(&entry.record.name)?.counts()),
+            };
+            let lun = self.lun(&serving.below.lun().to_string());
+            Some(ExportCounts {
+                export: entry.record.name.clone(),
+                target: entry.record.target.clone(),
+                lun: lun.map(|found| found.lun.name()).unwrap_or_default(),
+                in_flight: counts.in_flight(),
+                tallies: Operation::ALL.map(|o| (o, counts.tally(o))).to_vec(),
+            })
+        };
+        entries.values().filter_map(count).collect()
+    }
+
     pub(super) fn export_troubles(&self) -> Vec<String> {
         let entries = self.exports.entries.borrow();
         entries
@@ -223,7 +240,12 @@ impl Store {
     }
 
     /// Names of the exports that serve something of this kind.
-    fn exports_of(&self, test: impl Fn(&Subject) -> bool) -> Vec<String> {
+    pub(super) fn exports_of(&self, test: impl Fn(&Subject) -> bool) -> Vec<String> {
+        self.exports_that(|serving| test(&serving.subject))
+    }
+
+    /// Names of the exports that serve, and of which this is so.
+    pub(super) fn exports_that(&self, test: impl Fn(&Serving) -> bool) -> Vec<String> {
         let entries = self.exports.entries.borrow();
         let fits = |e: &&ExportEntry| e.state.as_ref().is_ok_and(&test);
         entries.values().filter(fits).map(|e| e.record.name.clone()).collect()
@@ -286,33 +308,57 @@ impl Store {
             Some(record) => self.remove_target(&record).await,
             None => drop(self.exports.server.exports().remove(name, NbdRemoval::Drop).await),
         }
+        let own = {
+            let mut entries = self.exports.entries.borrow_mut();
+            let serving = entries.get_mut(name).and_then(|e| e.state.as_mut().ok());
+            serving.and_then(|s| Some((s.subject.clone(), s.own.take()?)))
+        };
+        if let Some((subject, disk)) = own {
+            targets::close(&subject, &disk).await;
+        }
     }
 
-    /// A disk that somebody else serves is served again only where both sides have said so (R5).
-    fn may_serve(&self, record: &ExportRecord, subject: &Subject) -> Outcome {
+    /// A disk that somebody else serves is served again only where both sides have said so (R5): over SCSI always, else
+    /// when both take writes.
+    fn may_serve(&self, record: &ExportRecord, served: &Served) -> Outcome {
         let entries = self.exports.entries.borrow();
-        let others = entries.values().filter(|e| e.state.as_ref().is_ok_and(|s| s == subject));
-        for other in others.map(|e| &e.record).filter(|other| other.name != record.name) {
+        let frozen = served.read_only;
+        let same = |e: &&ExportEntry| e.state.as_ref().is_ok_and(|s| s.below == served.below);
+        let others = entries.values().filter(same).map(|e| &e.record);
+        for other in others.filter(|other| other.name != record.name) {
             let scsi = record.iscsi.is_some() || other.iscsi.is_some() || record.shared || other.shared;
-            if scsi && !(record.shared && other.shared) {
+            let both_write = !frozen && !record.read_only && !other.read_only;
+            if (scsi || both_write) && !(record.shared && other.shared) {
                 return Err(Problem::new(
                     "KGM-EXP-0008",
                     Kind::Refused,
                     format!("{} is served already", record.target),
                 )
-                .why(format!("by export \"{}\", and sharing was not declared on both", other.name))
+                .why(format!(
+                    "by export \"{}\" of {}, and sharing was not declared on both",
+                    other.name, other.target
+                ))
                 .hint(format!("kagami export stop {}, or --shared on both", other.name)));
             }
         }
         Ok(())
     }
 
-    /// After snapshots of a LUN came or went: what `kagami:changed:SNAP` can be asked for.
+    /// After snapshots of a LUN came or went: what `kagami:changed:SNAP` can be asked for, whatever stands on it.
     pub(super) fn refresh_changed(&self, found: &FoundLun) {
-        if let Some(name) = self.export_of_lun(found.lun.uuid())
-            && let Some(export) = self.exports.server.exports().get(&name)
-        {
-            export.set_changed(changed_of(&found.lun));
+        let uuid = found.lun.uuid();
+        let entries = self.exports.entries.borrow();
+        for entry in entries.values() {
+            let Ok(serving) = &entry.state else { continue };
+            if serving.below.lun() == uuid
+                && let Some(export) = self.exports.server.exports().get(&entry.record.name)
+            {
+                let chain = serving.chain.as_ref().map(Weak::upgrade);
+                if let Some(None) = chain {
+                    continue; // closed meanwhile
+                }
+                export.set_changed(self.changed_since(&serving.below, chain.flatten().as_deref()));
+            }
         }
     }
 
@@ -340,108 +386,52 @@ impl Store {
         Ok(())
     }
 
-    /// What a target is: `VM/SLOT`, `LUN@SNAP`, `datastore:dir/disk.vmdk` of a VM, or a LUN.
-    fn target(&self, text: &str) -> Outcome<Served> {
-        if text.starts_with('[') || text.contains(':') && !text.contains('/') || text.contains(":/") {
-            return self.target_file(text);
-        }
-        if let Some((vm, slot)) = text.split_once('/')
-            && let Ok(slot) = slot.parse::<vm::Slot>()
-        {
-            let vm = self.open_vm(vm)?;
-            return self.target_disk(&vm, slot);
-        }
-        if text.contains(':') {
-            return self.target_file(text);
-        }
-        if text.contains('@') {
-            let name = SnapName::parse(text)?;
-            let (found, snapshot) = self.snapshot(&name)?;
-            return Ok(Served {
-                subject: Subject::Snapshot(found.lun.uuid(), name.snap.clone()),
-                disk: snapshot,
-                read_only: true,
-                description: format!("snapshot {name}"),
-                changed: Vec::new(),
-                fast_zero: false,
-            });
-        }
-        let found = self.lun(text)?;
-        if let Some(claim) = &found.lun.claimed_by() {
-            return Err(Problem::new(
-                "KGM-LUN-0002",
-                Kind::Refused,
-                format!("LUN \"{text}\" is not served by itself"),
-            )
-            .why(format!("it is in use: {claim}"))
-            .hint("serve the VM's disk, or a snapshot of the LUN"));
-        }
-        Ok(Served {
-            changed: changed_of(&found.lun),
-            disk: Rc::clone(&found.lun) as Rc<dyn Disk>,
-            read_only: false,
-            description: format!("LUN {text}"),
-            fast_zero: true,
-            subject: Subject::Lun(found.lun.uuid()),
-        })
+    async fn serve(&self, record: &ExportRecord) -> Outcome<Serving> {
+        self.known(Folder::Exports, &record.name, record)?;
+        let served = self.target(&record.target, record.read_only).await?;
+        self.put_on(record, served).await
     }
 
-    fn target_file(&self, text: &str) -> Outcome<Served> {
-        let file = FileName::parse(text)?;
-        for vm in self.open_vms_now() {
-            for disk in vm.disks() {
-                if disk.datastore.name == file.datastore && disk.path == file.path {
-                    return self.target_disk(&vm, disk.slot);
-                }
+    /// Serves what was found; a disk that was opened for it is closed again when that cannot be.
+    async fn put_on(&self, record: &ExportRecord, served: Served) -> Outcome<Serving> {
+        let put = self.may_serve(record, &served).and_then(|()| self.put_on_server(record, &served));
+        match put {
+            Ok(()) => Ok(Serving {
+                own: served.own().cloned(),
+                disk: Rc::downgrade(&served.disk),
+                chain: served.chain.as_ref().map(Rc::downgrade),
+                read_only: served.read_only,
+                subject: served.subject,
+                below: served.below,
+            }),
+            Err(problem) => {
+                served.close().await;
+                Err(problem)
             }
         }
-        Err(Problem::not_found("disk", text)
-            .why("no registered VM has it")
-            .hint("kagami vm attach VM ... first: a disk is served through its VM"))
     }
 
-    fn target_disk(&self, vm: &vm::Vm, slot: vm::Slot) -> Outcome<Served> {
-        let Some(disk) = vm.disk(slot) else {
-            let why = vm.troubles().into_iter().find(|t| t.slot == slot).map(|t| t.why);
-            return Err(Problem::new(
-                "KGM-EXP-0003",
-                Kind::NotFound,
-                format!("{}/{slot} cannot be served", vm.name),
-            )
-            .why(why.unwrap_or_else(|| "the VM has no disk there".into()))
-            .hint(format!("kagami vm show {}", vm.name)));
-        };
-        Ok(Served {
-            description: format!("{} of VM {}: {}", slot, vm.name, disk.path),
-            disk: Rc::clone(&disk.disk) as Rc<dyn Disk>,
-            read_only: false,
-            changed: Vec::new(),
-            fast_zero: disk.disk.rdm().is_some(),
-            subject: Subject::Disk(vm.name.clone(), slot),
-        })
-    }
-
-    fn serve(&self, record: &ExportRecord) -> Outcome<Subject> {
-        let mut served = self.target(&record.target)?;
-        self.may_serve(record, &served.subject)?;
+    fn put_on_server(&self, record: &ExportRecord, served: &Served) -> Outcome {
+        let mut disk = Rc::clone(&served.disk);
         if let Some(iscsi) = &record.iscsi {
-            self.add_target(iscsi, &record.name, &served.subject, served.disk)?;
-            return Ok(served.subject);
+            return self.add_target(iscsi, &record.name, &served.subject, disk);
         }
         if record.shared {
-            served.disk = self.shared_disk(&served.subject, served.disk)?;
+            disk = self.shared_disk(&served.subject, disk)?;
         }
         let new = NbdExport {
             read_only: record.read_only || served.read_only,
-            description: served.description,
-            changed: served.changed,
+            description: served.description.clone(),
+            changed: self.changed_since(&served.below, served.chain.as_deref()),
             fast_zero: served.fast_zero,
-            ..NbdExport::new(record.name.clone(), served.disk)
+            ..NbdExport::new(record.name.clone(), disk)
         };
-        self.exports.server.exports().add(new).map_err(|e| {
-            Problem::failed("KGM-EXP-0001", format!("\"{}\" cannot be served", record.name), e)
-        })?;
-        Ok(served.subject)
+        self.exports
+            .server
+            .exports()
+            .add(new)
+            .map(drop)
+            .map_err(|e| Problem::failed("KGM-EXP-0001", format!("\"{}\" cannot be served", record.name), e))
     }
 
     fn export_view(&self, entry: &ExportEntry) -> ExportView {
@@ -454,7 +444,7 @@ impl Store {
         // What is served knows itself best: the target's name may mean nothing any more.
         let disk = match &running {
             Some(export) => Some((export.disk().shape(), export.read_only())),
-            None => self.target(&record.target).ok().map(|served| (served.disk.shape(), served.read_only)),
+            None => entry.state.as_ref().ok().and_then(|s| Some((s.disk.upgrade()?.shape(), s.read_only))),
         };
         ExportView {
             name: record.name.clone(),
@@ -483,14 +473,21 @@ impl Store {
         if self.exports.entries.borrow().contains_key(&name) {
             return Err(Problem::exists("export", &name).hint("kagami export ls"));
         }
-        let record = self.plan_export(&name, &new)?;
+        let served = self.target(&new.target, new.read_only).await?;
+        let record = match self.plan_export(&name, &new, &served) {
+            Ok(record) => record,
+            Err(problem) => {
+                served.close().await;
+                return Err(problem);
+            }
+        };
         if dry {
-            let served = self.target(&record.target)?;
-            self.may_serve(&record, &served.subject)?;
-            return Ok(Change::would(format!("serve {} as {name}", record.target)));
+            let may = self.may_serve(&record, &served);
+            served.close().await;
+            return may.map(|()| Change::would(format!("serve {} as {name}", record.target)));
         }
-        let subject = self.serve(&record)?;
-        let entry = ExportEntry { record: record.clone(), state: Ok(subject) };
+        let serving = self.put_on(&record, served).await?;
+        let entry = ExportEntry { record: record.clone(), state: Ok(serving) };
         let view = self.export_view(&entry);
         self.exports.entries.borrow_mut().insert(name.clone(), entry);
         if let Err(problem) = self.save(Folder::Exports, &name, record).await {
@@ -502,12 +499,11 @@ impl Store {
     }
 
     /// What will be remembered of a new export.
-    fn plan_export(&self, name: &str, new: &NewExport) -> Outcome<ExportRecord> {
+    fn plan_export(&self, name: &str, new: &NewExport, served: &Served) -> Outcome<ExportRecord> {
         let is_iscsi = new.protocol == Protocol::Iscsi;
         if !is_iscsi && (!new.initiators.is_empty() || new.iqn.is_some() || new.chap.is_some()) {
             return Err(Problem::usage("initiators, target names and CHAP are for --as iscsi"));
         }
-        let served = self.target(&new.target)?;
         if is_iscsi && new.read_only && !served.read_only {
             return Err(Problem::usage("over iSCSI only what is read-only by itself is served read-only")
                 .hint("serve a snapshot, LUN@SNAP"));
@@ -517,7 +513,7 @@ impl Store {
             entries.values().filter_map(|e| Some(e.record.iscsi.as_ref()?.port)).collect()
         };
         Ok(ExportRecord {
-            format: 1,
+            format: ExportRecord::FORMAT,
             name: name.to_owned(),
             target: new.target.clone(),
             read_only: new.read_only,

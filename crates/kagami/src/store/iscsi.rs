@@ -8,12 +8,13 @@ use std::rc::{Rc, Weak};
 
 use block::Disk;
 use front::iscsi::{Access, Chap, Credentials, Name, NewTarget, Options, Portal, Server, Targets, Who};
+use scsi::pr::Corrupt;
 use scsi::{Identity, Keep, LogicalUnit, LunMap, Port, Settings, TransportId};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use super::Store;
-use super::exports::Subject;
+use super::targets::Subject;
 use crate::config::IscsiPortal;
 use crate::model::{NewChap, NewExport};
 use crate::problem::{Kind, Outcome, Problem};
@@ -212,6 +213,12 @@ impl Store {
         sessions.iter().filter(|s| s.target.as_ref().is_some_and(|t| t.as_str() == record.iqn)).count()
     }
 
+    /// What was counted of a target.
+    pub(super) fn target_counts(&self, record: &IscsiRecord) -> Option<Rc<front::request::Counts>> {
+        let target = self.iscsi.server.targets().get(&iscsi_name(&record.iqn).ok()?)?;
+        Some(Rc::clone(target.counts()))
+    }
+
     /// Where a target is to be found.
     pub(super) fn target_uris(&self, record: &IscsiRecord) -> Vec<String> {
         let uri = |address: &String| format!("iscsi://{address}/{}/{LUN}", record.iqn);
@@ -246,8 +253,11 @@ impl Store {
         };
         let settings = Settings { boot: boot(), ..Settings::default() };
         let keep = Rc::new(KeepFile(path.clone()));
-        let unit = LogicalUnit::new(disk, identity, settings, keep, &kept)
-            .map_err(|e| failed("the reservations are damaged in", e.to_string()))?;
+        let unit = LogicalUnit::new(disk, identity, settings, keep, &kept).map_err(|e| match e {
+            Corrupt::Newer { .. } => failed("a newer kagami wrote the reservations in", e.to_string())
+                .hint("use that kagami with this home; the file is left as it is"),
+            Corrupt::Damaged(_) => failed("the reservations are damaged in", e.to_string()),
+        })?;
         let mut units = self.iscsi.units.borrow_mut();
         units.retain(|_, unit| unit.strong_count() > 0);
         units.insert(uuid, Rc::downgrade(&unit));
@@ -258,6 +268,10 @@ impl Store {
     /// by where it lies.
     fn identity(&self, subject: &Subject) -> Outcome<Identity> {
         let naa = array::identity::naa;
+        let of_file = |datastore: &str, path: &str| {
+            let uuid = named_uuid(&[b"disk", datastore.as_bytes(), path.as_bytes()]);
+            Identity::virtual_disk(uuid, naa(uuid))
+        };
         Ok(match subject {
             Subject::Lun(uuid) => Identity::lun(*uuid, naa(*uuid)),
             Subject::Snapshot(uuid, name) => {
@@ -267,9 +281,9 @@ impl Store {
             Subject::Disk(vm, slot) => {
                 let vm = self.open_vm(vm)?;
                 let disk = vm.disk(*slot).ok_or_else(|| Problem::not_found("disk", &slot.to_string()))?;
-                let uuid = named_uuid(&[b"disk", disk.datastore.name.as_bytes(), disk.path.as_bytes()]);
-                Identity::virtual_disk(uuid, naa(uuid))
+                of_file(&disk.datastore.name, &disk.path)
             }
+            Subject::File(file) => of_file(&file.datastore, &file.path),
         })
     }
 }

@@ -9,6 +9,7 @@ mod backups;
 mod cut;
 mod datastores;
 mod disks;
+mod doing;
 mod exports;
 mod holds;
 mod in_place;
@@ -23,6 +24,7 @@ mod room;
 mod scan;
 mod snaps;
 mod standing;
+mod targets;
 mod vms;
 
 use std::cell::{Cell, RefCell};
@@ -35,14 +37,14 @@ use std::sync::Arc;
 use lane::Handle;
 use lane::sync::Turn;
 use serde::Serialize;
-use serde::de::DeserializeOwned;
 use vm::vmsnap::Reserve;
 
 use crate::api::Events;
 use crate::config::Serving;
-use crate::files;
+use crate::files::{self, Loaded, Named, RecordError, Versioned};
 use crate::home::Home;
 use crate::jobs::Progress;
+use crate::metrics::Metrics;
 use crate::model::{NewBackup, NewRestore};
 use crate::problem::{Kind, Outcome, Problem};
 
@@ -63,9 +65,15 @@ pub struct RemoteStore {
 
 impl RemoteStore {
     /// Opens everything that the home has. What cannot be opened is kept as a trouble and shown; the rest works.
-    pub async fn open(lane: Handle, home: Home, serving: Serving, events: Events) -> Outcome<Self> {
+    pub async fn open(
+        lane: Handle,
+        home: Home,
+        serving: Serving,
+        events: Events,
+        metrics: Arc<Metrics>,
+    ) -> Outcome<Self> {
         lane.run(move || async move {
-            let store = Store::open(home, serving, events).await?;
+            let store = Store::open(home, serving, events, metrics).await?;
             STORE.with(|s| *s.borrow_mut() = Some(store));
             Ok::<(), Problem>(())
         })
@@ -125,6 +133,7 @@ enum Folder {
     Exports,
     Cuts,
     Restores,
+    Doing,
 }
 
 impl Folder {
@@ -136,6 +145,20 @@ impl Folder {
             Self::Exports => "exports",
             Self::Cuts => "cuts",
             Self::Restores => "restores",
+            Self::Doing => "doing",
+        }
+    }
+
+    /// The newest format of its records that this program knows.
+    fn known(self) -> u32 {
+        match self {
+            Self::Pools => pools::PoolRecord::FORMAT,
+            Self::Datastores => datastores::DatastoreRecord::FORMAT,
+            Self::Vms => vms::VmRecord::FORMAT,
+            Self::Exports => exports::ExportRecord::FORMAT,
+            Self::Cuts => standing::CutRecord::FORMAT,
+            Self::Restores => in_place::InPlace::FORMAT,
+            Self::Doing => doing::DoingRecord::FORMAT,
         }
     }
 }
@@ -147,6 +170,8 @@ pub struct Store {
     home: Home,
     /// Whoever listens to what happens.
     events: Events,
+    /// What is measured.
+    metrics: Arc<Metrics>,
     /// Room that a backup by redo logs wants to be free, unless it says otherwise.
     reserve: Reserve,
     /// Changes to the set of objects go one at a time; data and long copies do not wait here.
@@ -185,13 +210,14 @@ impl Drop for Occupied {
 }
 
 impl Store {
-    async fn open(home: Home, serving: Serving, events: Events) -> Outcome<Rc<Self>> {
+    async fn open(home: Home, serving: Serving, events: Events, metrics: Arc<Metrics>) -> Outcome<Rc<Self>> {
         let store = Rc::new_cyclic(|this| Self {
             this: Weak::clone(this),
             exports: exports::ExportList::new(),
             iscsi: iscsi::IscsiPlane::new(),
             home,
             events,
+            metrics,
             reserve: serving.reserve,
             turn: Turn::new(),
             pools: RefCell::default(),
@@ -215,6 +241,7 @@ impl Store {
         store.load_in_place().await?;
         store.drop_all_frozen().await;
         store.open_vms(records).await?;
+        store.end_what_was_cut_off().await?;
         store.serve_nbd(serving.nbd_tcp).await?;
         store.open_exports().await?;
         store.serve_iscsi(serving.iscsi)?;
@@ -260,35 +287,63 @@ impl Store {
     }
 
     /// Writes an object's file, off the lane.
-    async fn save<T: Serialize + Send + 'static>(&self, folder: Folder, name: &str, object: T) -> Outcome {
+    async fn save<T>(&self, folder: Folder, name: &str, object: T) -> Outcome
+    where
+        T: Versioned + Serialize + Send + 'static,
+    {
         let path = self.object_path(folder, name);
         let (shown, name) = (path.display().to_string(), name.to_owned());
         lane::offload(move || files::save(&path, &object))
             .await
-            .map_err(|e| Problem::failed("KGM-SRV-0010", format!("cannot remember {name}: {shown}"), e))
+            .map_err(|e| e.problem("KGM-SRV-0010", format!("cannot remember {name}: {shown}")))
     }
 
     /// Removes an object's file, off the lane.
     async fn forget(&self, folder: Folder, name: &str) -> Outcome {
         let path = self.object_path(folder, name);
         let shown = path.display().to_string();
-        lane::offload(move || files::remove(&path))
+        lane::offload(move || files::forget(&path, folder.known()))
             .await
-            .map_err(|e| Problem::failed("KGM-SRV-0011", format!("cannot remove {shown}"), e))
+            .map_err(|e| e.problem("KGM-SRV-0011", format!("cannot remove {shown}")))
     }
 
-    /// Reads all objects of a folder; what cannot be read becomes a trouble.
-    async fn load<T: DeserializeOwned + Send + 'static>(&self, folder: Folder) -> Outcome<Vec<T>> {
+    /// Refuses a record that a newer program wrote: of what stands for it nothing is opened.
+    fn known<T: Named>(&self, folder: Folder, name: &str, record: &T) -> Outcome {
+        match record.format() {
+            found if found > T::FORMAT => {
+                Err(files::newer(&self.object_path(folder, name), found, T::FORMAT))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Reads all objects of a folder. What is of a newer format is there by its name, to be shown; what cannot be read
+    /// becomes a trouble.
+    async fn load<T: Named + Send + 'static>(&self, folder: Folder) -> Outcome<Vec<T>> {
+        let (mut objects, bad) = self.load_files::<T>(folder).await?;
+        for (name, error) in bad {
+            match error {
+                RecordError::Newer { found, .. } => {
+                    let path = self.home.join(folder.name()).join(name);
+                    objects.push(lane::offload(move || files::stand_in::<T>(&path, found)).await);
+                }
+                error => self.is_unreadable(folder, &name, &error),
+            }
+        }
+        Ok(objects)
+    }
+
+    async fn load_files<T: Versioned + Send + 'static>(&self, folder: Folder) -> Outcome<Loaded<T>> {
         let dir = self.home.join(folder.name());
         let shown = dir.display().to_string();
-        let (good, bad) = lane::offload(move || files::load_all::<T>(&dir))
+        lane::offload(move || files::load_all::<T>(&dir))
             .await
-            .map_err(|e| Problem::failed("KGM-SRV-0012", format!("cannot read {shown}"), e))?;
-        for (name, error) in bad {
-            tracing::warn!(folder = folder.name(), name, %error, "an object's file cannot be read");
-            self.unreadable.borrow_mut().push(format!("{}/{name}: {error}", folder.name()));
-        }
-        Ok(good)
+            .map_err(|e| Problem::failed("KGM-SRV-0012", format!("cannot read {shown}"), e))
+    }
+
+    fn is_unreadable(&self, folder: Folder, name: &str, error: &RecordError) {
+        tracing::warn!(folder = folder.name(), name, %error, "an object's file cannot be read");
+        self.unreadable.borrow_mut().push(format!("{}/{name}: {error}", folder.name()));
     }
 
     /// What could not be opened, and why.
@@ -307,4 +362,19 @@ impl Store {
 fn rfc3339(seconds: u64) -> Option<String> {
     let seconds = i64::try_from(seconds).ok().filter(|s| *s > 0)?;
     jiff::Timestamp::from_second(seconds).ok().map(|t| t.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn golden_records_of_format_1_are_read() {
+        assert_eq!(files::golden::<pools::PoolRecord>("pools/p1.json").media.len(), 2);
+        assert_eq!(files::golden::<datastores::DatastoreRecord>("datastores/ds1.json").name, "ds1");
+        assert_eq!(files::golden::<vms::VmRecord>("vms/sql01.json").vmx, "/sql01/sql01.vmx");
+        for name in ["exports/sql01%2Fscsi0%3A1.json", "exports/cluster.json"] {
+            files::golden::<exports::ExportRecord>(name);
+        }
+    }
 }

@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 use super::{Folder, Store};
 use crate::api::Change;
 use crate::cli::images::media_problem;
+use crate::files::{Named, Versioned};
 use crate::model::{CheckView, HiddenView, ImportPool, MediumView, NewPool, Plan, PoolView, Removal};
 use crate::problem::{Kind, Outcome, Problem, check_name};
 use crate::units::show_size;
@@ -30,6 +31,20 @@ pub struct PoolRecord {
     pub name: String,
     /// Files or block devices.
     pub media: Vec<PathBuf>,
+}
+
+impl Versioned for PoolRecord {
+    const FORMAT: u32 = 1;
+}
+
+impl Named for PoolRecord {
+    fn format(&self) -> u32 {
+        self.format
+    }
+
+    fn unknown(name: String, format: u32) -> Self {
+        Self { format, name, media: Vec::new() }
+    }
 }
 
 /// An open pool.
@@ -147,7 +162,7 @@ async fn open_pool(record: &PoolRecord) -> Outcome<OpenPool> {
 impl Store {
     pub(super) async fn open_pools(&self) -> Outcome {
         for record in self.load::<PoolRecord>(Folder::Pools).await? {
-            let state = open_pool(&record).await;
+            let state = self.open_known_pool(&record).await;
             if let Err(problem) = &state {
                 tracing::error!(pool = record.name, %problem, "a pool is missing");
             }
@@ -156,6 +171,11 @@ impl Store {
         }
         self.refuse_copies();
         Ok(())
+    }
+
+    async fn open_known_pool(&self, record: &PoolRecord) -> Outcome<OpenPool> {
+        self.known(Folder::Pools, &record.name, record)?;
+        open_pool(record).await
     }
 
     /// Two files that say they are one pool: which of them has the truth nobody can know, and a mapping would find its
@@ -315,7 +335,7 @@ impl Store {
         let created = self.make_pool(&new.name, &paths, size, &mut made).await;
         match created {
             Ok(open) => {
-                let record = PoolRecord { format: 1, name: new.name.clone(), media: paths };
+                let record = PoolRecord { format: PoolRecord::FORMAT, name: new.name.clone(), media: paths };
                 self.save(Folder::Pools, &new.name, record.clone()).await?;
                 let entry = PoolEntry { record, state: RefCell::new(Ok(open)) };
                 tracing::info!(pool = new.name, "pool made");
@@ -402,8 +422,11 @@ impl Store {
     pub async fn import_pool(&self, new: ImportPool, dry: bool) -> Outcome<Change<PoolView>> {
         let _turn = self.turn.take().await;
         self.check_new_media(&new.media, None, true)?;
-        let record =
-            PoolRecord { format: 1, name: new.name.clone().unwrap_or_default(), media: new.media.clone() };
+        let record = PoolRecord {
+            format: PoolRecord::FORMAT,
+            name: new.name.clone().unwrap_or_default(),
+            media: new.media.clone(),
+        };
         let open = open_pool(&record).await?;
         let name = new.name.unwrap_or_else(|| open.pool.name());
         check_name("pool", &name)?;
@@ -424,7 +447,7 @@ impl Store {
         self.pools.borrow_mut().insert(name.clone(), entry);
         self.resolve_cuts().await;
         self.import_what_lies_in(&name).await?;
-        self.retry_exports();
+        self.retry_exports().await;
         tracing::info!(pool = name, "pool imported");
         Ok(Change::Done(view))
     }
@@ -477,7 +500,7 @@ impl Store {
         self.close_vms().await;
         self.close_datastores().await;
         self.shut_pool(name).await;
-        let state = open_pool(&record).await;
+        let state = self.open_known_pool(&record).await;
         let failed = state.as_ref().err().cloned();
         if let Some(entry) = self.pools.borrow().get(name) {
             *entry.state.borrow_mut() = state;

@@ -257,6 +257,7 @@ impl Store {
         what: &str,
         work: impl AsyncFnOnce() -> Outcome<T>,
     ) -> Outcome<T> {
+        self.file_not_served(datastore, path, what)?;
         let vms = self.vms_with(datastore, path);
         for vm in &vms {
             self.vm_is_quiet(

@@ -109,6 +109,7 @@ impl Store {
         let cut = vm::cut::cut(&wanted).await;
         drop(wanted);
         let cut = cut.map_err(|e| cut_problem(format!("VM \"{names}\" was not backed up"), e))?;
+        self.metrics.cut_held(cut.hold);
         let mut switched = cut.vms.into_iter();
         let cut = Cut { group: cut.group, hold: cut.hold, at: cut.at };
         let images = Images::new(snap, luns);
@@ -177,7 +178,9 @@ impl Store {
     /// Folds the redo logs of a backup back while the VM runs; waits for room when there is none.
     pub(super) async fn commit(&self, vmsnap: Vmsnap, progress: Option<&Arc<Progress>>) -> Outcome {
         let vm = Rc::clone(vmsnap.vm());
-        match vmsnap.commit(&mut |p| told(progress, p)).await {
+        let done = vmsnap.commit(&mut |p| told(progress, p)).await;
+        self.metrics.commits_held(&vm.take_commit_holds());
+        match done {
             Err(error) if error.is_full() => self.consolidate(&vm, progress).await,
             done => done.map_err(|e| stays(&vm.name, &e)),
         }
@@ -188,7 +191,9 @@ impl Store {
     pub(super) async fn consolidate(&self, vm: &Rc<Vm>, progress: Option<&Arc<Progress>>) -> Outcome {
         let mut waits = false;
         loop {
-            let error = match vmsnap::consolidate(vm, &mut |p| told(progress, p)).await {
+            let done = vmsnap::consolidate(vm, &mut |p| told(progress, p)).await;
+            self.metrics.commits_held(&vm.take_commit_holds());
+            let error = match done {
                 Ok(()) => return Ok(()),
                 Err(error) => error,
             };

@@ -260,7 +260,7 @@ impl Store {
         if let Some(found) = mapped.filter(|f| f.lun.claimed_by().is_none()) {
             self.set_claim(&found, wanted).await?;
         }
-        self.retry_exports();
+        self.retry_exports().await;
         Ok(())
     }
 

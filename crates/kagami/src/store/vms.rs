@@ -8,13 +8,15 @@ use vm::registry::{new_vmx, read_vmx, relative};
 use vm::vmsnap::Place;
 use vm::vmx::Mode;
 use vm::{Datastore, Slot, Vm, VmError};
-use vmdisk::folder::{Folder as _, Provision, directory};
+use vmdisk::folder::{Folder as _, Provision, directory, parent_path};
 use vmfs::format::InodeKind;
 
+use super::doing::Doing;
 use super::rdms::parse_mode;
 use super::{Folder, Store};
 use crate::api::Change;
 use crate::cli::images::vmfs_problem;
+use crate::files::{Named, Versioned};
 use crate::model::{AttachDisk, DetachDisk, HeldView, NewVm, Plan, RegisterVm, Removal, VmDiskView, VmView};
 use crate::names::FileName;
 use crate::problem::{Kind, Outcome, Problem, check_name};
@@ -31,6 +33,20 @@ pub struct VmRecord {
     pub datastore: String,
     /// Its `.vmx`, absolute there.
     pub vmx: String,
+}
+
+impl Versioned for VmRecord {
+    const FORMAT: u32 = 1;
+}
+
+impl Named for VmRecord {
+    fn format(&self) -> u32 {
+        self.format
+    }
+
+    fn unknown(name: String, format: u32) -> Self {
+        Self { format, name, datastore: String::new(), vmx: String::new() }
+    }
 }
 
 /// A VM of the home, open or not.
@@ -58,6 +74,7 @@ pub fn vm_problem(what: impl Into<String>, error: &VmError) -> Problem {
 
 impl Store {
     pub(super) async fn open_one_vm(&self, record: &VmRecord) -> Outcome<Rc<Vm>> {
+        self.known(Folder::Vms, &record.name, record)?;
         let datastore = self.open_datastore_now(&record.datastore)?;
         let place = Place { datastore: Rc::clone(&datastore), vmx_path: record.vmx.clone() };
         let set_aside = self.recover_vmsnap(place, &record.name).await?;
@@ -128,7 +145,7 @@ impl Store {
         for vm in self.open_vms_now() {
             let vmx = vm.vmx();
             let named = |e: &vm::vmx::DiskEntry| {
-                let at = vmdisk::folder::parent_path(&*datastore.folder, &vm.vmx_path, &e.file_name);
+                let at = parent_path(&*datastore.folder, &vm.vmx_path, &e.file_name);
                 vm.datastore.name == datastore.name && at.is_ok_and(|p| p == path)
             };
             if vmx.disks().iter().any(named) {
@@ -181,7 +198,7 @@ impl Store {
                 entry.state = state;
             }
         }
-        self.retry_exports();
+        self.retry_exports().await;
     }
 
     fn vm_disk_view(disk: &vm::OpenDisk) -> VmDiskView {
@@ -239,6 +256,9 @@ impl Store {
         view.set_aside = vm.set_aside().into_iter().map(show).collect();
         let troubles = vm.troubles();
         for trouble in &troubles {
+            let at = parent_path(&*vm.datastore.folder, &vm.vmx_path, &trouble.file_name);
+            let holder = at.ok().and_then(|path| self.holder_of(&vm.datastore, &path));
+            let who = holder.map(|holder| format!(": {holder} has it")).unwrap_or_default();
             view.disks.push(VmDiskView {
                 slot: trouble.slot.to_string(),
                 disk: trouble.file_name.clone(),
@@ -247,7 +267,7 @@ impl Store {
                 lun: None,
                 mode: String::new(),
                 held: None,
-                trouble: Some(trouble.why.clone()),
+                trouble: Some(format!("{}{who}", trouble.why)),
             });
         }
         let disks = vm.disks();
@@ -281,7 +301,7 @@ impl Store {
         self.save(Folder::Vms, &record.name, record.clone()).await?;
         let entry = VmEntry { state: Ok(Rc::clone(&vm)), record };
         self.vms.borrow_mut().insert(entry.record.name.clone(), entry);
-        self.retry_exports();
+        self.retry_exports().await;
         Ok(vm)
     }
 
@@ -315,16 +335,26 @@ impl Store {
             would.extend(new.rdms.iter().map(|r| format!("map LUN {} ({})", r.lun, r.mode)));
             return Ok(Change::Would(Plan { would, ..Plan::default() }));
         }
-        let made = self.make_vm_files(&datastore, &new, &home, &mapped).await;
-        if let Err(problem) = made {
-            self.remove_vm_files(&datastore, &home).await;
+        let doing = Doing::MakeVm { name: new.name.clone(), datastore: new.datastore.clone() };
+        self.noted(doing, async || self.make_vm(&datastore, &new, &home, &mapped).await).await?;
+        tracing::info!(vm = new.name, "VM made");
+        self.show_vm(&new.name).await.map(Change::Done)
+    }
+
+    async fn make_vm(
+        &self,
+        datastore: &Rc<Datastore>,
+        new: &NewVm,
+        home: &str,
+        mapped: &[(super::luns::FoundLun, vmdisk::rdm::Mode)],
+    ) -> Outcome {
+        if let Err(problem) = self.make_vm_files(datastore, new, home, mapped).await {
+            self.remove_vm_files(datastore, home).await;
             return Err(problem);
         }
         let vmx = format!("{home}/{}.vmx", new.name);
         let record = VmRecord { format: 1, name: new.name.clone(), datastore: new.datastore.clone(), vmx };
-        self.adopt_vm(record).await?;
-        tracing::info!(vm = new.name, "VM made");
-        self.show_vm(&new.name).await.map(Change::Done)
+        self.adopt_vm(record).await.map(drop)
     }
 
     async fn make_vm_files(
@@ -366,10 +396,25 @@ impl Store {
 
     /// Takes a VM's directory away as far as it goes: mappings give up their LUNs, which stay.
     pub(super) async fn remove_vm_files(&self, datastore: &Rc<Datastore>, home: &str) {
+        self.remove_vm_files_but(datastore, home, None).await;
+        if let Err(error) = datastore.volume.remove(home).await
+            && !matches!(error, vmfs::Error::NotFound { .. })
+        {
+            tracing::warn!(home, %error, "the directory stays");
+        }
+    }
+
+    /// Takes the files in a VM's directory away, but one.
+    pub(super) async fn remove_vm_files_but(
+        &self,
+        datastore: &Rc<Datastore>,
+        home: &str,
+        stays: Option<&str>,
+    ) {
         let Ok(entries) = datastore.volume.list(home).await else { return };
         let names: Vec<String> = entries
             .iter()
-            .filter(|e| e.kind != InodeKind::Directory)
+            .filter(|e| e.kind != InodeKind::Directory && stays.is_none_or(|stays| stays != e.name))
             .map(|e| format!("{home}/{}", e.name))
             .collect();
         for path in &names {
@@ -386,9 +431,6 @@ impl Store {
             {
                 tracing::warn!(path, %error, "cannot be removed");
             }
-        }
-        if let Err(error) = datastore.volume.remove(home).await {
-            tracing::warn!(home, %error, "the directory stays");
         }
     }
 
@@ -411,6 +453,7 @@ impl Store {
                 Problem::new("KGM-VMS-0006", Kind::Conflict, title).why(format!("as {}", other.record.name))
             );
         }
+        self.files_not_served(&datastore, &file.path, &vmx)?;
         if dry {
             return Ok(Change::would(format!("register {file} as {name}")));
         }
@@ -465,9 +508,11 @@ impl Store {
             Some(other) => return Err(Problem::usage(format!("a disk cannot be attached as \"{other}\""))),
         };
         let view = self.show_disk(&new.disk).await?;
+        self.file_not_served(&datastore, &file.path, "attached")?;
         if dry {
             return Ok(Change::would(format!("attach {file} ({}) to {name}", kind_name(&view.kind))));
         }
+        let holder = self.holder_of(&datastore, &file.path);
         self.not_occupied(name)?;
         let title = format!("{file} was not attached to \"{name}\"");
         let failed = |e: VmError| vm_problem(title.clone(), &e);
@@ -476,8 +521,9 @@ impl Store {
         if let Some(trouble) = vm.troubles().into_iter().find(|t| t.slot == slot) {
             vm.edit_vmx(|vmx| _ = vmx.detach(slot), &[]).await.map_err(failed)?;
             vm.open_disks(self).await;
+            let who = holder.map(|holder| format!(": {holder} has it")).unwrap_or_default();
             return Err(Problem::new("KGM-VMS-0010", Kind::Failed, title)
-                .why(trouble.why)
+                .why(format!("{}{who}", trouble.why))
                 .hint(format!("kagami disk show {}", new.disk)));
         }
         self.show_vm(name).await.map(Change::Done)
@@ -530,6 +576,14 @@ impl Store {
             Some(entry) => entry.record.clone(),
             None => return Err(Problem::not_found("vm", name)),
         };
+        if how.all
+            && let Some(export) = self.export_below(&record.datastore, directory(&record.vmx))
+        {
+            let title = format!("VM \"{name}\" is not removed");
+            return Err(Problem::new("KGM-VMS-0007", Kind::Conflict, title)
+                .why(format!("a disk in its directory is served as \"{export}\""))
+                .hint(format!("kagami export stop {export}")));
+        }
         if how.dry_run {
             let files = |d: &&VmDiskView| d.kind != "rdm" && d.kind != "rdmp" && d.trouble.is_none();
             let mut loses = Vec::new();
@@ -547,12 +601,23 @@ impl Store {
         }
         let datastore = if how.all { Some(self.open_datastore_now(&record.datastore)?) } else { None };
         self.drop_frozen(name).await;
-        self.forget(Folder::Vms, name).await?;
-        drop(self.vms.borrow_mut().remove(name));
-        if let Some(datastore) = datastore {
-            self.forget_in_place(name).await?;
-            self.remove_vm_files(&datastore, directory(&record.vmx)).await;
-        }
+        let home = directory(&record.vmx);
+        let doing = Doing::RemoveVm {
+            name: name.to_owned(),
+            datastore: record.datastore.clone(),
+            home: home.to_owned(),
+            all: how.all,
+        };
+        self.noted(doing, async || {
+            self.forget(Folder::Vms, name).await?;
+            drop(self.vms.borrow_mut().remove(name));
+            if let Some(datastore) = datastore {
+                self.forget_in_place(name).await?;
+                self.remove_vm_files(&datastore, home).await;
+            }
+            Ok(())
+        })
+        .await?;
         tracing::info!(vm = name, files = how.all, "VM removed");
         Ok(Change::Done(view))
     }

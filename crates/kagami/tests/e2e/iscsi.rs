@@ -190,4 +190,25 @@ fn r52_a_reservation_outlives_the_daemon_and_holds_on_every_front_end() {
     assert_eq!(host.reserve(3, KEY, 0), 0, "clear");
     assert_eq!(other.write(), 0);
     try_write(&place, "plain", &[1], 4).unwrap();
+
+    // Reservations that a newer program wrote are not guessed, and not written over.
+    assert_eq!(host.reserve(0, 0, KEY), 0, "register");
+    place.ok(&["serve", "--stop"]);
+    let files: Vec<_> =
+        std::fs::read_dir(place.home().join("scsi")).unwrap().map(|e| e.unwrap().path()).collect();
+    let [file] = &files[..] else { panic!("one logical unit: {files:?}") };
+    let old = std::fs::read(file).unwrap();
+    let mut newer = old.clone();
+    newer[8..12].copy_from_slice(&2_u32.to_le_bytes());
+    std::fs::write(file, &newer).unwrap();
+    for export in place.json(&["export", "ls"]).as_array().unwrap() {
+        let why = export["trouble"].as_str().unwrap();
+        assert!(export["state"] == "down" && why.contains("a newer kagami wrote"), "{export}");
+        assert!(why.contains("has version 2") && why.contains("up to 1"), "{export}");
+    }
+    place.ok(&["serve", "--stop"]);
+    assert!(std::fs::read(file).unwrap() == newer, "left as it is");
+    std::fs::write(file, &old).unwrap();
+    assert_eq!(uri(&place, "cluster"), url);
+    assert_eq!(Initiator::connect(&url, OTHER).keys(), [KEY]);
 }

@@ -6,6 +6,7 @@
 mod common;
 
 mod commands;
+
 mod engines;
 mod faults;
 mod iscsi;
@@ -20,3 +21,4 @@ mod restores;
 mod resume;
 mod service;
 mod together;
+mod versions;
