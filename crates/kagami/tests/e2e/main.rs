@@ -6,7 +6,7 @@
 mod common;
 
 mod commands;
-
+mod exports;
 mod engines;
 mod faults;
 mod iscsi;
