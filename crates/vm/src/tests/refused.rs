@@ -252,19 +252,19 @@ fn every_operation(plot: Plot, decider_elsewhere: bool) -> Seen {
 }
 
 #[test]
-fn r34_a_medium_that_refuses_in_a_cut_leaves_it_to_all_members_or_to_none() {
+fn r34_crash_after_a_medium_refused_in_a_cut_leaves_it_to_all_members_or_to_none() {
     let seen = every_operation(Plot::Mixed, false);
     assert!(seen.cut > 0 && seen.given_up > 0 && seen.in_doubt > 0, "{seen:?}");
 }
 
 #[test]
-fn vms_stay_on_their_redo_logs_when_the_deciding_pool_refuses_its_record() {
+fn crash_after_the_deciding_pool_refused_its_record_finds_vms_on_their_redo_logs() {
     let seen = every_operation(Plot::Mixed, true);
     assert!(seen.stayed > 0, "{seen:?}");
 }
 
 #[test]
-fn a_job_record_that_cannot_be_written_promises_nothing() {
+fn r34_i8_crash_after_a_job_record_could_not_be_written_breaks_no_promise() {
     let seen = every_operation(Plot::NoLuns, false);
     assert!(seen.in_doubt > 0 && seen.refused_flushes > 0, "{seen:?}");
 }
