@@ -10,10 +10,12 @@ use vmfs::format::{LVM_HEADER_OFFSET, LVM_MAGIC, LvmHeader};
 use zerocopy::FromBytes;
 
 use super::datastores::{DatastoreEntry, DatastoreRecord};
+use super::doing::Doing;
 use super::luns::FoundLun;
 use super::pools::disk_problem;
 use super::{Folder, Store};
 use crate::api::Change;
+use crate::files::Versioned as _;
 use crate::model::{AttachDatastore, DatastoreView, Plan, Removal};
 use crate::problem::{Kind, Outcome, Problem, check_name};
 
@@ -83,7 +85,6 @@ impl Store {
             return refused(format!("LUN {lun} is mapped on it"), hint);
         }
         let uuid = self.datastores.borrow().get(name).map(|e| e.record.lun);
-        let found = uuid.and_then(|u| self.lun(&u.to_string()).ok());
         if how.dry_run {
             let (would, loses) = match how.all {
                 true => (
@@ -102,15 +103,12 @@ impl Store {
                 frees_bytes: 0,
             }));
         }
-        self.forget_datastore(name).await?;
-        if let Some(found) = found {
-            self.release(&found).await?;
-            if how.all {
-                let failed =
-                    |e| super::pools::pool_problem(format!("LUN \"{}\" was not removed", view.lun), &e);
-                found.pool.pool.remove_lun(&found.lun.name(), false).await.map_err(failed)?;
-            }
-        }
+        let lun = uuid.unwrap_or_default();
+        self.noted(Doing::RemoveDatastore { name: name.to_owned(), lun, all: how.all }, async || {
+            self.forget_datastore(name).await?;
+            self.give_lun_up(lun, how.all).await
+        })
+        .await?;
         tracing::info!(datastore = name, lun_too = how.all, "datastore taken out");
         Ok(Change::Done(view))
     }
@@ -136,17 +134,41 @@ impl Store {
         if dry {
             return Ok(Change::would(format!("attach the volume on LUN {} as datastore {name}", new.lun)));
         }
-        let datastore: Rc<Datastore> = self.open_volume(&name, &found).await?;
-        let uuid = Uuid::from_bytes(datastore.volume.info().uuid.0);
-        self.set_claim(&found, Claim::Datastore { uuid, label: name.clone() }).await?;
-        let record = DatastoreRecord { format: 1, name: name.clone(), lun: found.lun.uuid() };
-        self.save(Folder::Datastores, &name, record.clone()).await?;
-        let entry = DatastoreEntry { record, state: Ok(Rc::clone(&datastore)) };
-        self.datastores.borrow_mut().insert(name.clone(), entry);
-        self.register_all_on(&datastore).await?;
+        let doing =
+            Doing::MakeDatastore { name: name.clone(), lun: found.lun.uuid().to_string(), made: false };
+        self.noted(doing, async || self.attach_volume(&name, &found).await).await?;
         self.retry_exports().await;
         tracing::info!(datastore = name, "datastore attached");
         self.show_datastore(&name).await.map(Change::Done)
+    }
+
+    async fn attach_volume(&self, name: &str, found: &FoundLun) -> Outcome {
+        let datastore: Rc<Datastore> = self.open_volume(name, found).await?;
+        let uuid = Uuid::from_bytes(datastore.volume.info().uuid.0);
+        self.set_claim(found, Claim::Datastore { uuid, label: name.to_owned() }).await?;
+        self.remember_datastore(name, found.lun.uuid(), Rc::clone(&datastore)).await?;
+        self.register_all_on(&datastore).await
+    }
+
+    /// The home has this datastore from now on.
+    pub(super) async fn remember_datastore(&self, name: &str, lun: Uuid, open: Rc<Datastore>) -> Outcome {
+        let record = DatastoreRecord { format: DatastoreRecord::FORMAT, name: name.to_owned(), lun };
+        self.save(Folder::Datastores, name, record.clone()).await?;
+        let entry = DatastoreEntry { record, state: Ok(open) };
+        self.datastores.borrow_mut().insert(name.to_owned(), entry);
+        Ok(())
+    }
+
+    /// A datastore that the home does not have any more gives its LUN up; with `all` that goes to the trash.
+    pub(super) async fn give_lun_up(&self, lun: Uuid, all: bool) -> Outcome {
+        let Ok(found) = self.lun(&lun.to_string()) else { return Ok(()) };
+        self.release(&found).await?;
+        if all {
+            let name = found.lun.name();
+            let failed = |e| super::pools::pool_problem(format!("LUN \"{name}\" was not removed"), &e);
+            found.pool.pool.remove_lun(&name, false).await.map_err(failed)?;
+        }
+        Ok(())
     }
 }
 

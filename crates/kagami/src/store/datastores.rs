@@ -12,6 +12,7 @@ use vmdisk::VmfsFolder;
 use vmdisk::rdm::{Around, Facts, Luns, VisibleLun};
 use vmfs::{Mode, NewVolume, Volume};
 
+use super::doing::Doing;
 use super::luns::{FoundLun, visible_lun};
 use super::pools::pool_problem;
 use super::{Folder, Store};
@@ -49,6 +50,14 @@ impl Named for DatastoreRecord {
     fn unknown(name: String, format: u32) -> Self {
         Self { format, name, lun: Uuid::nil() }
     }
+}
+
+/// What a new datastore goes on.
+enum On {
+    /// A LUN that is there.
+    Lun(FoundLun),
+    /// One that is made for it.
+    New { pool_name: String, pool: super::pools::OpenPool, size: u64 },
 }
 
 /// A datastore of the home, open or not.
@@ -232,7 +241,7 @@ impl Store {
             }
             return Err(Problem::exists("datastore", &new.name));
         }
-        let (found, made) = match (&new.lun, new.size_bytes) {
+        let (on, made) = match (&new.lun, new.size_bytes) {
             (Some(lun), None) => {
                 let found = self.lun(lun)?;
                 self.unclaimed(&found, "formatted")?;
@@ -252,7 +261,7 @@ impl Store {
                         frees_bytes: 0,
                     }));
                 }
-                (found, false)
+                (On::Lun(found), false)
             }
             (None, Some(size)) => {
                 if size < SMALLEST {
@@ -267,26 +276,38 @@ impl Store {
                         new.name
                     )));
                 }
-                let lun = self.make_lun(&pool, &new.name, size).await?;
-                (FoundLun { pool_name, pool, lun }, true)
+                (On::New { pool_name, pool, size }, true)
             }
             _ => return Err(Problem::usage("on what?").hint("--lun LUN or --size SIZE")),
         };
-        let datastore = match self.format(&new.name, &found).await {
+        let lun = match &on {
+            On::Lun(found) => found.lun.uuid().to_string(),
+            On::New { pool_name, .. } => format!("{pool_name}/{}", new.name),
+        };
+        let doing = Doing::MakeDatastore { name: new.name.clone(), lun, made };
+        self.noted(doing, async || self.make_datastore(&new.name, on).await).await?;
+        tracing::info!(datastore = new.name, "datastore made");
+        self.show_datastore(&new.name).await.map(Change::Done)
+    }
+
+    async fn make_datastore(&self, name: &str, on: On) -> Outcome {
+        let (found, made) = match on {
+            On::Lun(found) => (found, false),
+            On::New { pool_name, pool, size } => {
+                let lun = self.make_lun(&pool, name, size).await?;
+                (FoundLun { pool_name, pool, lun }, true)
+            }
+        };
+        let datastore = match self.format(name, &found).await {
             Ok(datastore) => datastore,
             Err(problem) => {
                 if made && let Err(error) = found.pool.pool.remove_lun(&found.lun.name(), true).await {
-                    tracing::warn!(lun = new.name, %error, "the LUN made for the datastore stays");
+                    tracing::warn!(lun = name, %error, "the LUN made for the datastore stays");
                 }
                 return Err(problem);
             }
         };
-        let record = DatastoreRecord { format: 1, name: new.name.clone(), lun: found.lun.uuid() };
-        self.save(Folder::Datastores, &new.name, record.clone()).await?;
-        let entry = DatastoreEntry { record, state: Ok(datastore) };
-        self.datastores.borrow_mut().insert(new.name.clone(), entry);
-        tracing::info!(datastore = new.name, "datastore made");
-        self.show_datastore(&new.name).await.map(Change::Done)
+        self.remember_datastore(name, found.lun.uuid(), datastore).await
     }
 
     /// Makes the volume, claims the LUN for it, opens it.

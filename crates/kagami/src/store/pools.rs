@@ -9,6 +9,7 @@ use block::{Disk, SECTOR_BYTES};
 use media::FileDisk;
 use serde::{Deserialize, Serialize};
 
+use super::doing::Doing;
 use super::{Folder, Store};
 use crate::api::Change;
 use crate::cli::images::media_problem;
@@ -331,6 +332,17 @@ impl Store {
             });
             return Ok(Change::Would(Plan { would: would.collect(), ..Plan::default() }));
         }
+        let media: Vec<PathBuf> = paths.iter().filter(|p| !p.exists()).cloned().collect();
+        let doing = Doing::MakePool { name: new.name.clone(), media };
+        self.noted(doing, async || self.make_and_keep_pool(new, paths, size).await).await
+    }
+
+    async fn make_and_keep_pool(
+        &self,
+        new: NewPool,
+        paths: Vec<PathBuf>,
+        size: Option<u64>,
+    ) -> Outcome<Change<PoolView>> {
         let mut made = Vec::new();
         let created = self.make_pool(&new.name, &paths, size, &mut made).await;
         match created {
@@ -441,12 +453,15 @@ impl Store {
             return Ok(Change::would(format!("import pool \"{name}\" with {} LUNs", open.pool.luns().len())));
         }
         let record = PoolRecord { name: name.clone(), ..record };
-        self.save(Folder::Pools, &name, record.clone()).await?;
         let entry = PoolEntry { record, state: RefCell::new(Ok(open)) };
         let view = self.pool_view(&entry);
-        self.pools.borrow_mut().insert(name.clone(), entry);
-        self.resolve_cuts().await;
-        self.import_what_lies_in(&name).await?;
+        self.noted(Doing::ImportPool { name: name.clone() }, async || {
+            self.save(Folder::Pools, &name, entry.record.clone()).await?;
+            self.pools.borrow_mut().insert(name.clone(), entry);
+            self.resolve_cuts().await;
+            self.import_what_lies_in(&name).await
+        })
+        .await?;
         self.retry_exports().await;
         tracing::info!(pool = name, "pool imported");
         Ok(Change::Done(view))
@@ -574,15 +589,28 @@ impl Store {
             return Ok(Change::Would(Plan { would, loses, frees_bytes: 0 }));
         }
         self.drop_all_frozen().await;
-        for vm in &vms {
+        let doing = Doing::TakePoolOut { name: name.to_owned() };
+        self.noted(doing, async || self.take_pool_out(name, &vms, &luns, &datastores).await).await?;
+        tracing::info!(pool = name, "pool taken out");
+        Ok(Change::Done(view))
+    }
+
+    async fn take_pool_out(
+        &self,
+        name: &str,
+        vms: &[String],
+        luns: &[uuid::Uuid],
+        datastores: &[String],
+    ) -> Outcome {
+        for vm in vms {
             self.drop_exports_of_vm(vm).await?;
             self.forget(Folder::Vms, vm).await?;
             drop(self.vms.borrow_mut().remove(vm));
         }
-        for lun in &luns {
+        for lun in luns {
             self.drop_exports_of_lun(*lun).await?;
         }
-        for datastore in &datastores {
+        for datastore in datastores {
             self.forget_datastore(datastore).await?;
         }
         self.forget(Folder::Pools, name).await?;
@@ -594,8 +622,7 @@ impl Store {
         }
         self.shut_pool(name).await;
         self.pools.borrow_mut().remove(name);
-        tracing::info!(pool = name, "pool taken out");
-        Ok(Change::Done(view))
+        Ok(())
     }
 
     /// Gives back in the background what deleted snapshots held, as long as the store lives.

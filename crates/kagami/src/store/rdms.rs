@@ -9,6 +9,7 @@ use vmdisk::rdm::{self, Copies, LunIdentity, Luns, Mode, Place, Resolution, What
 
 use super::Store;
 use super::disks::{chain_problem, check_descriptor_name, folder};
+use super::doing::Doing;
 use super::luns::{FoundLun, visible_lun};
 use super::pools::pool_problem;
 use crate::api::Change;
@@ -219,8 +220,22 @@ impl Store {
         if dry {
             return Ok(Change::would(format!("map LUN {} as {name}, {} mode", new.lun, new.mode)));
         }
-        self.make_rdm(&datastore, &name.path, &found, mode).await?;
+        self.changing(&datastore, &name.path, async || {
+            self.make_rdm(&datastore, &name.path, &found, mode).await
+        })
+        .await?;
         self.rdm_view(&datastore, &name.path).await.map(Change::Done)
+    }
+
+    /// Changes a mapping, or makes it: in several places, with a note of it.
+    async fn changing(
+        &self,
+        datastore: &Datastore,
+        path: &str,
+        work: impl AsyncFnOnce() -> Outcome,
+    ) -> Outcome {
+        let (datastore, path) = (datastore.name.clone(), path.to_owned());
+        self.noted(Doing::ChangeMapping { datastore, path }, work).await
     }
 
     /// Claim first: a crash between leaves a claim that `rdm scan` shows, never a LUN that two map.
@@ -321,10 +336,13 @@ impl Store {
         if dry {
             return Ok(Change::would(format!("grow {name} from {} to {}", show_size(old), show_size(new))));
         }
-        self.with_closed(&datastore, &name.path, "grown", async || {
+        let grow = async || {
             vmdisk::create::grow_rdm(&folder(&datastore), &name.path, &identity)
                 .await
                 .map_err(|e| chain_problem(format!("{name} was not grown"), &e))
+        };
+        self.changing(&datastore, &name.path, async || {
+            self.with_closed(&datastore, &name.path, "grown", grow).await
         })
         .await?;
         tracing::info!(mapping = %name, from_bytes = old, to_bytes = new, "grown");
@@ -457,7 +475,7 @@ impl Store {
         if dry {
             return Ok(Change::would(format!("convert {name} to {} mode", new.mode)));
         }
-        self.with_closed(&datastore, &name.path, "converted", async || {
+        let convert = async || {
             vmdisk::create::convert_rdm(&folder(&datastore), &name.path, mode)
                 .await
                 .map_err(|e| chain_problem(format!("{name} was not converted"), &e))?;
@@ -467,6 +485,9 @@ impl Store {
                 self.set_claim(&found, self.mapping_claim(&datastore, &name.path, mode)).await?;
             }
             Ok(())
+        };
+        self.changing(&datastore, &name.path, async || {
+            self.with_closed(&datastore, &name.path, "converted", convert).await
         })
         .await?;
         self.rdm_view(&datastore, &name.path).await.map(Change::Done)
