@@ -6,6 +6,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 
 pub use crate::cli::args_daemon::{ConfigVerb, QuickstartArgs, ServeArgs, VmsnapArgs, WriterArgs};
 use crate::cli::args_images::{InspectArgs, VmdkVerb, VmfsVerb};
+use crate::cli::old_names::VmkfstoolsArgs;
 use crate::output::{Color, Format};
 
 /// Text below `--help`.
@@ -89,6 +90,7 @@ pub enum Noun {
     #[command(subcommand)]
     Backup(BackupVerb),
     /// Restore a backup: as a new VM, in place, one disk, or to a file
+    #[command(visible_alias = "vmres")]
     Restore(RestoreArgs),
     /// Disks, LUNs and snapshots served over NBD
     #[command(subcommand)]
@@ -113,6 +115,8 @@ pub enum Noun {
     Quickstart(QuickstartArgs),
     /// Back a VM up by redo logs, as ESX 2.5's vmsnap.pl does
     Vmsnap(VmsnapArgs),
+    /// Map a LUN (-r, -z) or make a disk (-c), as ESX's vmkfstools does
+    Vmkfstools(VmkfstoolsArgs),
     /// Print a completion script
     Completions {
         /// For which shell

@@ -8,6 +8,7 @@ mod client;
 mod columns;
 pub mod images;
 mod nouns;
+mod old_names;
 mod pool_image;
 mod session;
 

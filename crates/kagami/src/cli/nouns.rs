@@ -39,6 +39,10 @@ pub async fn run(global: &Global, noun: &Noun) -> Outcome<u8> {
         Noun::Job(verb) => job(&session()?, verb).await?,
         Noun::Backup(verb) => return super::backups::backup(global, verb).await,
         Noun::Restore(args) => super::backups::restore(global, args).await?,
+        Noun::Vmkfstools(args) => {
+            let noun = super::old_names::vmkfstools(args)?;
+            return Box::pin(run(global, &noun)).await;
+        }
         Noun::Vmsnap(args) => return super::backups::vmsnap(global, args).await,
         Noun::Quickstart(args) => crate::quickstart::run(global, args).await?,
         // Done before there is a runtime.
