@@ -6,10 +6,9 @@
 mod common;
 
 mod commands;
-mod exports;
 mod engines;
+mod exports;
 mod faults;
-mod iscsi;
 mod golden;
 mod images;
 mod in_place;
