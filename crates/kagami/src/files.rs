@@ -120,11 +120,6 @@ pub fn load<T: Versioned>(path: &Path) -> Result<T, RecordError> {
     }
 }
 
-/// Reads a file of no matter which format.
-pub fn load_plain(path: &Path) -> Result<serde_json::Value, RecordError> {
-    Ok(serde_json::from_slice(&read(path)?)?)
-}
-
 /// What stands for a record of a newer format: as much of it as is understood, to be shown and never to be written.
 pub fn stand_in<T: Named>(path: &Path, found: u32) -> T {
     let understood = read(path).ok().and_then(|bytes| serde_json::from_slice::<T>(&bytes).ok());
@@ -180,7 +175,7 @@ pub fn remove(path: &Path) -> io::Result<()> {
 pub fn golden<T: Versioned + Serialize>(name: &str) -> T {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(name);
     let shown = path.display();
-    let was = load_plain(&path).unwrap_or_else(|e| panic!("{shown}: {e}"));
+    let was: serde_json::Value = serde_json::from_slice(&read(&path).unwrap()).unwrap();
     let record = load::<T>(&path).unwrap_or_else(|e| panic!("{shown}: {e}"));
     let now = serde_json::to_value(&record).unwrap_or_default();
     assert!(holds(&now, &was), "{shown} was {was}, and is written as {now}");

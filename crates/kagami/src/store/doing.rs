@@ -128,10 +128,8 @@ impl Store {
             Doing::ChangeMapping { datastore, path } => {
                 self.end_mapping(&self.open_datastore_now(datastore)?, path).await
             }
-            Doing::MakeVm { name, datastore } => match self.vms.borrow().contains_key(name) {
-                true => Ok(()),
-                false => self.remove_home(datastore, &format!("/{name}")).await,
-            },
+            Doing::MakeVm { name, .. } if self.vms.borrow().contains_key(name) => Ok(()),
+            Doing::MakeVm { name, datastore } => self.remove_home(datastore, &format!("/{name}")).await,
             Doing::RemoveVm { name, datastore, home, all } => {
                 if self.vms.borrow().contains_key(name) {
                     self.remove_vm(name, Removal { dry_run: false, all: *all }).await?;

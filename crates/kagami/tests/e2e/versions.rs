@@ -14,6 +14,9 @@ fn make_newer(file: &std::path::Path) -> Vec<u8> {
     std::fs::read(file).unwrap()
 }
 
+/// What a user types after the program's name.
+type Words<'a> = &'a [&'a str];
+
 fn named<'a>(list: &'a Value, name: &str) -> &'a Value {
     let found = list.as_array().unwrap().iter().find(|object| object["name"] == name);
     found.unwrap_or_else(|| panic!("{name} is not in {list}"))
@@ -23,7 +26,7 @@ fn named<'a>(list: &'a Value, name: &str) -> &'a Value {
 fn records_of_a_newer_kagami_are_shown_refused_and_left_as_they_are() {
     let place = with_vm("newer");
     write(&place, "sql01/scsi0:1", &[1], 0x10);
-    let refused: [(&str, &[&str], &str, &[&[&str]]); 4] = [
+    let refused: [(&str, Words, &str, &[Words]); 4] = [
         (
             "pools/p1.json",
             &["pool", "ls"],
@@ -77,7 +80,7 @@ fn records_of_a_newer_kagami_are_shown_refused_and_left_as_they_are() {
         assert!(std::fs::read(&path).unwrap() == newer, "{file} is left as it is");
         place.ok(&["serve", "--stop"]);
         std::fs::write(&path, old).unwrap();
-        assert_eq!(content(&started(&place), "sql01/scsi0:1")[4096], 0x11);
+        assert_eq!(content(started(&place), "sql01/scsi0:1")[4096], 0x11);
     }
 }
 

@@ -474,7 +474,8 @@ impl World {
                 self.pools.remove("p2");
                 self.luns.retain(|_, l| l.pool != "p2");
                 self.disks.retain(|n, _| !n.starts_with("ds2:"));
-                (self.stores.remove("ds2"), self.vms.remove("guest2"));
+                self.stores.remove("ds2");
+                self.vms.remove("guest2");
             }
             Op::PoolIn { name: "p2" } => self.add_p2(),
             Op::PoolOut { name } => drop(self.pools.remove(name)),
