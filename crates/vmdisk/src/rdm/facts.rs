@@ -80,11 +80,12 @@ impl Facts {
         }
         let (record, length_bytes) = (mapping.record, mapping.length_bytes);
         let inode = Mapping { record, length_bytes, tail: fact.tail.clone() }.identity(fact.mode);
-        let copies = Copies {
-            inode: inode.clone(),
-            descriptor: fact.identity.clone(),
-            claim: (around.claim)(&fact.path),
-        };
+        // A claim records no length: it tells that of the LUN as it is, which may have grown.
+        let claim = (around.claim)(&fact.path).map(|(lun, mode)| {
+            let sectors = inode.as_ref().map_or(lun.sectors, |i| i.lun.sectors.min(lun.sectors));
+            (LunIdentity { sectors, ..lun }, mode)
+        });
+        let copies = Copies { inode: inode.clone(), descriptor: fact.identity.clone(), claim };
         for finding in copies.compare().findings {
             let found = match finding.what {
                 What::Missing => continue,
@@ -222,6 +223,11 @@ mod tests {
             let claimed =
                 look_around(disk.clone(), Around { visible: &[], claim: &|path| claim(path, b"S1") });
             assert!(claimed.await.is_clean());
+            let grown = |path: &str| {
+                claim(path, b"S1").map(|(l, m)| (LunIdentity { sectors: l.sectors * 2, ..l }, m))
+            };
+            let grown = look_around(disk.clone(), Around { visible: &[], claim: &grown });
+            assert!(grown.await.is_clean(), "nor is one that grew under its claim");
             let other = look_around(disk.clone(), Around { visible: &[], claim: &|path| claim(path, b"S2") });
             let other = faults(&other.await);
             assert!(other.len() == 1 && other[0].contains("another LUN in the claim"), "{other:?}");
