@@ -384,11 +384,18 @@ impl Store {
         vmfs::check(devices, vmfs::check::Options { repair_leaks: false, mapping: Some(&judge) }).await
     }
 
-    /// After a pool came to this home: its datastores and the VMs on them are registered.
+    /// After a pool came to this home: its datastores and the VMs on them are registered, as far as they are not.
     pub(super) async fn import_what_lies_in(&self, pool: &str) -> Outcome {
         let open = self.pool(pool)?;
         for lun in open.pool.luns() {
             let Some(Claim::Datastore { label: mut name, .. }) = lun.claimed_by() else { continue };
+            // An import that a crash cut off may have come as far as the datastore, and not to all of its VMs.
+            if let [known] = &self.datastores_on(&[lun.uuid()])[..] {
+                if let Ok(datastore) = self.open_datastore_now(known) {
+                    self.register_all_on(&datastore).await?;
+                }
+                continue;
+            }
             if check_name("datastore", &name).is_err() || self.datastores.borrow().contains_key(&name) {
                 name = lun.name();
             }
